@@ -1,0 +1,86 @@
+# `make help` lists the targets. The first install compiles llama-cpp-python (minutes); its wheel is kept outside the
+# checkout, so neither `make clean` nor another clone compiles it again.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LLAMA_VERSION := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements.lock)
+# What a reranker does not need is left out of the build: mtmd/LLaVA, the tools, and (build/llama-options.cmake)
+# llama.cpp's "common" library, which only its tools use. CMAKE_ARGS="-DGGML_CUDA=on" make install: for a GPU.
+LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(CMAKE_ARGS)
+# The build is for this CPU (GGML_NATIVE), so the kept wheel is named by version, options and CPU.
+LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null; $(PYTHON) -V) | cksum | cut -d' ' -f1)
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
+LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
+
+.PHONY: help install run mini convert verify test lint bench clean lock
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make .venv with everything that serving and converting need
+
+run: install ## start the server on port 8000 (ARGS="--port 9000 ..." for its flags)
+	@ls models/bge-reranker-*.gguf >/dev/null 2>&1 || [ -n "$$RERANK_M3" ] || $(MAKE) --no-print-directory mini
+	@exec $(BIN)/python rerank_server.py $(ARGS)
+
+mini: install ## make models/mini-Q8_0.gguf, the small model that needs no Hub
+	@[ -f models/mini-Q8_0.gguf ] || $(BIN)/python -m convert mini
+
+convert: install ## convert m3 and gemma, or one: MODEL=m3 [QUANT=Q5_K_S]
+	@for model in $(or $(MODEL),m3 gemma); do \
+		$(BIN)/python -m convert $$model $(if $(QUANT),--quant $(QUANT)) || exit $$?; done
+
+verify: mini ## compare the mini model's quantisations with float32: token ids, logits, ranks, speed
+	$(BIN)/python -m convert mini --quant F32 F16 Q8_0 Q5_0 --out build/verify
+
+test: $(VENV)/.installed-dev ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev mini ## measure the served model: pairs and tokens per second, latency, memory
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove .venv and what was built; models and the compiled wheel stay
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+$(VENV)/.installed: requirements.lock $(LLAMA_WHEELS)/.done
+	@echo "Installing into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(LLAMA_WHEELS)/*.whl
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed (PYTHON=python3.12 make ...)" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+
+$(LLAMA_WHEELS)/.done: | $(BIN)/python
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		{ echo "A C++ compiler is needed to compile llama.cpp (Debian: apt install g++)"; exit 1; }
+	@echo "Compiling llama-cpp-python $(LLAMA_VERSION) for this machine. This happens once: about 3 minutes on 2 cores."
+	@mkdir -p build $(LLAMA_WHEELS)
+	@echo 'set(LLAMA_BUILD_COMMON OFF)' > build/llama-options.cmake
+	@awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$$/{exit}' requirements.lock > build/llama.txt
+	@CMAKE_ARGS="$(LLAMA_OPTIONS) -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/build/llama-options.cmake" \
+		$(BIN)/python -m pip wheel -v --disable-pip-version-check --no-deps --no-cache-dir --require-hashes \
+		-r build/llama.txt -w $(LLAMA_WHEELS) 2>&1 | tee build/llama.log \
+		| grep --line-buffered -oE '\[ *[0-9]+(/[0-9]+|%)\]' | while read -r step; do printf '\r  %s ' "$$step"; done \
+		|| { echo "failed; the end of build/llama.log:"; tail -n 20 build/llama.log; exit 1; }
+	@echo; touch $@
+
+# The locks are made with `uv pip compile`; run this after changing the dependencies in pyproject.toml.
+lock: ## resolve the dependencies again into the two locks (needs uv)
+	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
+		--extra convert pyproject.toml -o requirements.lock
+	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
+		--extra convert --extra bench --extra test -c requirements.lock pyproject.toml -o requirements-dev.lock

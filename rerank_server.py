@@ -1,0 +1,1873 @@
+#!/usr/bin/env python3
+"""Rerank server: which of these passages answers the query?
+
+The promise: `POST /rerank {"query": str, "passages": [str], "use_llm": bool}` answers a JSON array of floats between
+0 and 1, one for each passage in the order given, and each float is what the model's own code would have computed,
+up to the error of the quantisation. What cannot be scored is an error, never a number.
+
+    POST /rerank       the scores (use_llm false: the m3 role, true: the gemma role)
+    GET  /health       alive, and which file serves which role
+    POST /debug/pair   the token ids that the model sees for one pair (only with --debug)
+
+A file is opened only after it was checked (`python rerank_server.py --check FILE` does just that): what scoring depends
+on is in the GGUF's metadata, under `rerank.*` when this project converted it.
+
+One request, from socket to floats:
+
+    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Role.engine -> Pairs.make (text to token ids)
+                         -> Scheduler.submit -> waits on the futures
+    scheduler thread     Queue.next_batch (pairs up to a token budget) -> Engine.score (one llama.cpp decode) -> futures
+    HTTP thread          score (sigmoid; NaN refused) -> JSON
+
+Each model has one scheduler thread, and only that thread touches the model's llama context; so no lock guards it.
+Tokenising is safe from any thread (llama.h) and happens in the HTTP threads.
+
+The file is in the order in which the data flows: settings, errors, request, pairs, queue and scheduler, GGUF metadata,
+engines, scores, roles, HTTP, start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import http.server
+import json
+import logging
+import math
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+import llama_cpp
+import llama_cpp.llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("rerank")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants and settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+MIN_MAX_LENGTH_TOKENS = 32  # below this the reference's 3/4 rule leaves no room for the passage beside the specials
+MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
+MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
+QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
+MAX_REQUEST_LINE_BYTES = 65536
+SOCKET_TIMEOUT_S = 60
+LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
+MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma", "mini": "make run"}
+
+
+def _setting(default: Any, help: str, low: int | None = None, high: int | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting: its flag is --name-with-dashes, its environment variable RERANK_NAME. Checked when made.
+
+    Raises SettingsError for a value out of its range or a combination that cannot work.
+    """
+
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one", 0, 65535)
+    m3: Path | None = _setting(None, "GGUF file for the m3 role; default: found in --models")
+    gemma: Path | None = _setting(None, "GGUF file for the gemma role; default: found in --models")
+    models: Path = _setting(Path(__file__).resolve().parent / "models", "folder in which GGUF files are looked for")
+    max_length: int = _setting(
+        1024, "longest pair in tokens; longer ones are truncated as the reference does",
+        MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS,
+    )  # fmt: skip
+    threads: int = _setting(0, "threads that compute; 0: one for each CPU that this process may use", 0, 1024)
+    ubatch: int = _setting(512, "tokens packed into one decode (a longer pair gets a decode of its own)", 32, 8192)
+    gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
+    max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
+    drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
+    debug: bool = _setting(False, "serve POST /debug/pair, which shows the token ids of a pair")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            low, high, value = field.metadata["low"], field.metadata["high"], getattr(self, field.name)
+            if low is not None and not low <= value <= high:
+                raise SettingsError(f"{flag_of(field.name)} must be between {low} and {high}, not {value}")
+        for name in ("m3", "gemma"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise SettingsError(f"{flag_of(name)}: there is no file {path}")
+
+    @property
+    def threads_used(self) -> int:
+        return self.threads or usable_cpus()
+
+
+class SettingsError(Exception):
+    """A flag or an environment variable that cannot be used; the message names it."""
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def environment_variable_of(name: str) -> str:
+    return "RERANK_" + name.upper()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity mask, and the quota of its cgroup (docker run --cpus)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        pass
+    return max(1, cpus)
+
+
+def settings_parser() -> argparse.ArgumentParser:
+    """The command line, made from the table that Settings is."""
+    parser = argparse.ArgumentParser(
+        prog="rerank_server.py", description="Serve GGUF rerankers: POST /rerank {query, passages, use_llm}.",
+        epilog="Each flag has an environment variable: --max-length is RERANK_MAX_LENGTH. A flag wins over it.",
+    )  # fmt: skip
+    for field in dataclasses.fields(Settings):
+        kind: dict[str, Any] = {"metavar": field.name.upper()}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(
+            flag_of(field.name), default=None, help=f"{field.metadata['help']} (default: {field.default})", **kind
+        )
+    parser.add_argument("--check", type=Path, metavar="FILE", help="check one GGUF file as the server would, and exit")
+    parser.add_argument("--pairs", metavar="JSONL", help="with --check: score its {query, passage} lines (-: stdin)")
+    parser.add_argument("--version", action="version", version=f"rerank-server {__version__}")
+    return parser
+
+
+def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Settings:
+    """Settings from flags, else environment, else defaults. Raises SettingsError."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Settings):
+        given, source = getattr(arguments, field.name), flag_of(field.name)
+        if given is None:
+            source = environment_variable_of(field.name)
+            given = environment.get(source) or None
+        if given is not None:
+            values[field.name] = _parse_setting(field, given, source)
+    return Settings(**values)
+
+
+def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str) -> Any:
+    if isinstance(given, bool):
+        return given
+    if isinstance(field.default, bool):
+        truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(given.lower())
+        if truth is None:
+            raise SettingsError(f"{source} must be true or false, not {given!r}")
+        return truth
+    if isinstance(field.default, int):
+        try:
+            return int(given)
+        except ValueError:
+            raise SettingsError(f"{source} must be a whole number, not {given!r}") from None
+    return given if isinstance(field.default, str) else Path(given)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+#
+#   RequestError                what a client is told; each type carries its HTTP status and its error_type
+#     BadRequestError   400
+#     NotFoundError     404
+#     MethodError       405
+#     LengthError       411
+#     TooLargeError     413
+#     EngineError       500     scoring failed: an exception, or a logit that is not a number
+#     UnavailableError  503     no model for this role, or the server is stopping
+#   ModelError                  a GGUF file that cannot be served; ends the start, or becomes an UnavailableError
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RequestError(Exception):
+    """An answer that is not a success. `param` is the field of the body that is wrong, where there is one."""
+
+    status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.headers = message, param, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """One body that every family of clients can read: `error.message`, `message` (Cohere), `detail` (Jina)."""
+        error: dict[str, Any] = {"message": self.message, "type": self.error_type, "code": self.status}
+        if self.param is not None:
+            error["param"] = self.param
+        return {"error": error, "error_type": self.error_type, "message": self.message, "detail": self.message}
+
+
+class BadRequestError(RequestError):
+    status, error_type = 400, "invalid_request"
+
+
+class NotFoundError(RequestError):
+    status, error_type = 404, "not_found"
+
+
+class MethodError(RequestError):
+    status, error_type = 405, "method_not_allowed"
+
+
+class LengthError(RequestError):
+    status, error_type = 411, "length_required"
+
+
+class TooLargeError(RequestError):
+    status, error_type = 413, "payload_too_large"
+
+
+class EngineError(RequestError):
+    status, error_type = 500, "engine_error"
+
+
+class UnavailableError(RequestError):
+    status, error_type = 503, "model_unavailable"
+
+
+class ModelError(Exception):
+    """A GGUF file that must not be served. One line that says what is wrong and how to get a right one."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Request: the body becomes a frozen object here; nothing further in looks at JSON
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RerankRequest:
+    query: str
+    passages: tuple[str, ...]
+    use_llm: bool = False
+
+    @staticmethod
+    def parse(raw: bytes) -> RerankRequest:
+        """The native contract: {"query": str, "passages": [str], "use_llm": bool = false}; other keys are ignored.
+
+        Raises BadRequestError that names the field, and for a passage its index.
+        """
+        body = parse_json_object(raw)
+        passages = body.get("passages")
+        if not isinstance(passages, list):
+            raise BadRequestError(_expected("passages", "a list of strings", body), "passages")
+        return RerankRequest(
+            query=_text(body.get("query"), "query", body),
+            passages=tuple(_text(passage, f"passages[{index}]") for index, passage in enumerate(passages)),
+            use_llm=_boolean(body.get("use_llm"), "use_llm"),
+        )
+
+
+def parse_json_object(raw: bytes) -> dict[str, Any]:
+    """The body as a dict. Raises BadRequestError for invalid UTF-8, invalid JSON, and JSON that is not an object."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequestError(f"the body is not valid UTF-8: byte {error.start} is wrong") from None
+    try:
+        body = json.loads(text)
+    except RecursionError:
+        raise BadRequestError("the body is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, and integers of more digits than Python converts
+        raise BadRequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequestError(f"the body must be a JSON object, not {_json_type(body)}")
+    return body
+
+
+def _text(value: Any, name: str, body: dict[str, Any] | None = None) -> str:
+    if not isinstance(value, str):
+        raise BadRequestError(_expected(name, "a string", {name: value} if body is None else body), name)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # "\ud800" alone is valid JSON but not text
+        raise BadRequestError(f"'{name}' has a lone surrogate at character {error.start}", name) from None
+    return value
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # some clients send booleans as strings
+        return value.lower() == "true"
+    raise BadRequestError(_expected(name, "true or false", {name: value}), name)
+
+
+def _expected(name: str, expected: str, body: dict[str, Any]) -> str:
+    if name not in body:
+        return f"'{name}' is missing: it must be {expected}"
+    return f"'{name}' must be {expected}, not {_json_type(body[name])}"
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs: text to token ids and truncation, nothing else
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair as the model sees it.
+
+    ids: token ids with their specials. passage_start: index in ids at which the passage part begins.
+    query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
+    truncated: whether tokens of the query or the passage were cut.
+    """
+
+    ids: tuple[int, ...]
+    passage_start: int
+    truncated: bool
+    query_ids: tuple[int, ...] = ()
+
+
+class Tokenizer(Protocol):
+    """text -> token ids, without specials; a special token's string inside a text is text."""
+
+    def __call__(self, text: str) -> list[int]: ...
+
+
+class Pairs(Protocol):
+    longest: int  # tokens of the longest pair that make() returns
+
+    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]: ...
+
+
+class CrossEncoderPairs:
+    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagEmbedding's FlagReranker does.
+
+    The query is cut to 3/4 of max_length, the passage to max_length, then only the passage is shortened until the pair
+    fits, specials counted (FlagEmbedding 1.4.2, BaseReranker.compute_score_single_gpu).
+    """
+
+    def __init__(self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int, max_length: int) -> None:
+        self._tokenize, self._first, self._separators, self._last = tokenize, first, tuple(separators), last
+        self.longest = max_length
+
+    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]:
+        limit = min(max_length or self.longest, self.longest)
+        full_query = self._tokenize(query)
+        head = (self._first, *full_query[: limit * 3 // 4], *self._separators)
+        room = max(0, limit - len(head) - 1)
+        query_cut = len(full_query) > limit * 3 // 4
+        pairs = []
+        for passage in passages:
+            ids = self._tokenize(passage)
+            pairs.append(Pair((*head, *ids[:room], self._last), len(head), query_cut or len(ids) > room))
+        return pairs
+
+
+class PromptPairs:
+    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own (FlagLLMReranker).
+
+    The passage part is cut so that everything before the last separator fits max_length + len(separator) +
+    len(prompt) tokens; the last separator and the prompt are appended after the cut and are always whole.
+    """
+
+    def __init__(self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int) -> None:
+        self._tokenize, self._bos, self._parts, self._max_length = tokenize, bos, parts, max_length
+        self._separator = tuple(tokenize(parts.separator))
+        self._tail = self._separator + tuple(tokenize(parts.prompt))
+        self.longest = max_length + 2 * len(self._tail)
+
+    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]:
+        limit = min(max_length or self._max_length, self._max_length)
+        full_query = self._tokenize(self._parts.query_prefix + query)
+        head = (self._bos, *full_query[: limit * 3 // 4], *self._separator)
+        room = min(limit, max(0, limit + len(self._tail) - len(head)))
+        query_cut = len(full_query) > limit * 3 // 4
+        pairs = []
+        for passage in passages:
+            ids = self._tokenize(self._parts.passage_prefix + passage)
+            pairs.append(Pair((*head, *ids[:room], *self._tail), len(head), query_cut or len(ids) > room))
+        return pairs
+
+
+class TextPairs:
+    """Bi-encoder: query and passage are each `[CLS] text [SEP]`, cut to max_length (sentence-transformers)."""
+
+    def __init__(self, tokenize: Tokenizer, first: int, last: int, max_length: int) -> None:
+        self._tokenize, self._first, self._last = tokenize, first, last
+        self.longest = max_length
+
+    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]:
+        room = min(max_length or self.longest, self.longest) - 2
+        full_query = self._tokenize(query)
+        query_ids = (self._first, *full_query[:room], self._last)
+        pairs = []
+        for passage in passages:
+            ids = self._tokenize(passage)
+            cut = len(ids) > room or len(full_query) > room
+            pairs.append(Pair((self._first, *ids[:room], self._last), 1, cut, query_ids))
+        return pairs
+
+
+class VocabTokenizer:
+    """llama.cpp's own tokenizer of the opened file: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it.
+
+    add_special is false (the pairs bring their own) and parse_special is false (`</s>` inside a text is text).
+    """
+
+    def __init__(self, vocab: Any) -> None:
+        self._vocab = vocab
+
+    def __call__(self, text: str) -> list[int]:
+        raw = text.encode("utf-8")
+        if not raw:
+            return []
+        size = len(raw) + 16  # a byte gives at most one id, and a few for a prefix
+        buffer = (llama.llama_token * size)()
+        count = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, False, False)
+        if count < 0:
+            size = -count
+            buffer = (llama.llama_token * size)()
+            count = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, False, False)
+        if count < 0:
+            raise EngineError("the tokenizer failed")
+        return buffer[:count]
+
+
+class WordPieceTokenizer:
+    """BERT's tokenizer over the file's vocabulary (Devlin et al., 2018; tokenization.py of google-research/bert).
+
+    Not llama.cpp's, which differs from the reference: it has no [UNK] for words of more than 100 characters, and drops
+    spacing combining marks (Devanagari vowel signs) that BERT keeps.
+    """
+
+    MAX_WORD_CHARACTERS = 100
+
+    def __init__(self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool) -> None:
+        """pieces: the GGUF's token texts; a piece that begins a word is stored as "▁piece" there."""
+        self._starts = {piece[1:]: index for index, piece in enumerate(pieces) if piece.startswith("▁")}
+        self._continuations = {piece: index for index, piece in enumerate(pieces) if not piece.startswith("▁")}
+        self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
+        self._word = functools.lru_cache(maxsize=65536)(self._split_word)
+        self._fold = _CharacterTable(self._fold_character)
+
+    def __call__(self, text: str) -> list[int]:
+        return [index for word in self._words(text) for index in self._word(word)]
+
+    def _words(self, text: str) -> list[str]:
+        text = "".join(map(_CLEAN.__getitem__, text))
+        if self._strip_accents:
+            text = unicodedata.normalize("NFD", text)
+        return "".join(map(self._fold.__getitem__, text)).split()
+
+    def _fold_character(self, character: str) -> str:
+        category = unicodedata.category(character)
+        if self._strip_accents and category == "Mn":
+            return ""
+        is_ascii_symbol = "!" <= character <= "~" and not character.isalnum()
+        if is_ascii_symbol or category.startswith("P"):
+            return f" {character} "
+        return character.lower() if self._lowercase else character  # one by one: no final sigma, as the reference
+
+    def _split_word(self, word: str) -> tuple[int, ...]:
+        if len(word) > self.MAX_WORD_CHARACTERS:
+            return (self._unknown,)
+        ids: list[int] = []
+        start, pieces = 0, self._starts
+        while start < len(word):
+            end = len(word)
+            while end > start and word[start:end] not in pieces:
+                end -= 1
+            if end == start:
+                return (self._unknown,)
+            ids.append(pieces[word[start:end]])
+            start, pieces = end, self._continuations
+        return tuple(ids)
+
+
+class _CharacterTable(dict[str, str]):
+    """What each character becomes, computed once per character."""
+
+    def __init__(self, rule: Callable[[str], str]) -> None:
+        super().__init__()
+        self._rule = rule
+
+    def __missing__(self, character: str) -> str:
+        self[character] = result = self._rule(character)
+        return result
+
+
+def _clean_character(character: str) -> str:
+    """BertNormalizer: control characters go, white space is a space, CJK ideographs stand alone."""
+    category = unicodedata.category(character)
+    if character in "\t\n\r" or category.startswith("Z"):
+        return " "
+    if character == "\ufffd" or category.startswith("C"):
+        return ""
+    code = ord(character)
+    return f" {character} " if any(low <= code <= high for low, high in _CJK_RANGES) else character
+
+
+# The CJK Unicode blocks that BERT's _is_chinese_char names.
+_CJK_RANGES = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+               (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))  # fmt: skip
+_CLEAN = _CharacterTable(_clean_character)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queue and scheduler: one thread for each model; nobody else touches its llama context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    pair: Pair
+    future: Future[float]
+
+
+T = TypeVar("T")
+
+
+def take_batch(waiting: deque[T], n_tokens: Callable[[T], int], max_batch_tokens: int, max_sequences: int) -> list[T]:
+    """Takes the first of `waiting` and, in order, those behind it that still fit the budget; the rest stay in order.
+
+    The first is taken whatever its length: a pair longer than the budget gets a decode of its own.
+    """
+    batch: list[T] = []
+    skipped: list[T] = []
+    room = max_batch_tokens
+    while waiting and len(batch) < max_sequences and len(skipped) < max_sequences and (room > 0 or not batch):
+        candidate = waiting.popleft()
+        if not batch or n_tokens(candidate) <= room:
+            batch.append(candidate)
+            room -= n_tokens(candidate)
+        else:
+            skipped.append(candidate)
+    waiting.extendleft(reversed(skipped))
+    return batch
+
+
+class Queue:
+    """Entries that wait for the engine. Any thread appends; one scheduler takes."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Entry] = deque()
+        self._closed = False
+        self._changed = threading.Condition()  # guards _entries and _closed
+
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Raises UnavailableError once the queue is closed."""
+        with self._changed:
+            if self._closed:
+                raise UnavailableError("the server is stopping")
+            self._entries.extend(entries)
+            self._changed.notify()
+
+    def next_batch(self, max_batch_tokens: int, max_sequences: int) -> list[Entry]:
+        """Waits for entries. An empty list means: closed, and everything was taken."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._entries or self._closed)
+            return take_batch(self._entries, lambda entry: len(entry.pair.ids), max_batch_tokens, max_sequences)
+
+    def close(self) -> None:
+        """No more entries are accepted; those that wait are still served."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+
+class Scheduler:
+    """The one thread that calls engine.score. Every future that it is given ends, with a logit or an exception."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine = engine
+        self._queue = Queue()
+        self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, pairs: Sequence[Pair]) -> list[Future[float]]:
+        """A future logit for each pair, in order. Raises UnavailableError when closed. Any thread."""
+        entries = [Entry(pair, Future()) for pair in pairs]
+        self._queue.append(entries)
+        return [entry.future for entry in entries]
+
+    def close(self) -> None:
+        """Serves what was submitted, then frees the engine. Waits for both."""
+        self._queue.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._queue.next_batch(self._engine.max_batch_tokens, self._engine.max_sequences):
+            self._score(batch)
+        self._engine.close()
+
+    def _score(self, batch: list[Entry]) -> None:
+        try:
+            logits = self._engine.score([entry.pair for entry in batch])
+            if len(logits) != len(batch):
+                raise EngineError(f"the engine gave {len(logits)} scores for {len(batch)} pairs")
+        except Exception as error:
+            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not isinstance(error, RequestError))
+            failure = error if isinstance(error, RequestError) else EngineError("scoring failed; see the server's log")
+            for entry in batch:
+                entry.future.set_exception(failure)
+            return
+        for entry, logit in zip(batch, logits, strict=True):
+            entry.future.set_result(logit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF metadata: read before llama.cpp loads the file, so that a wrong one is refused in one line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _native(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of ggml's C API (gguf.h, ggml.h) that llama-cpp-python does not bind. libllama links ggml."""
+    function = getattr(llama._lib, name)
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+class _GgufInitParams(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+class _TypeTraits(ctypes.Structure):  # struct ggml_type_traits, ggml.h
+    _fields_ = (
+        ("type_name", ctypes.c_char_p), ("blck_size", ctypes.c_int64), ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+_C, _I, _P, _S = ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t
+gguf_init_from_file = _native("gguf_init_from_file", _P, _C, _GgufInitParams)
+gguf_free = _native("gguf_free", None, _P)
+gguf_get_n_kv = _native("gguf_get_n_kv", _I, _P)
+gguf_get_key = _native("gguf_get_key", _C, _P, _I)
+gguf_get_kv_type = _native("gguf_get_kv_type", ctypes.c_int, _P, _I)
+gguf_get_arr_type = _native("gguf_get_arr_type", ctypes.c_int, _P, _I)
+gguf_get_arr_n = _native("gguf_get_arr_n", _S, _P, _I)
+gguf_get_arr_data = _native("gguf_get_arr_data", _P, _P, _I)
+gguf_get_val_data = _native("gguf_get_val_data", _P, _P, _I)
+gguf_get_val_str = _native("gguf_get_val_str", _C, _P, _I)
+gguf_get_data_offset = _native("gguf_get_data_offset", _S, _P)
+gguf_get_n_tensors = _native("gguf_get_n_tensors", _I, _P)
+gguf_get_tensor_name = _native("gguf_get_tensor_name", _C, _P, _I)
+gguf_get_tensor_offset = _native("gguf_get_tensor_offset", _S, _P, _I)
+gguf_get_tensor_type = _native("gguf_get_tensor_type", ctypes.c_int, _P, _I)
+gguf_get_tensor_size = _native("gguf_get_tensor_size", _S, _P, _I)
+gguf_get_tensor_ne = _native("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), _P, _I)
+ggml_get_type_traits = _native("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
+
+# gguf.h, enum gguf_type -> the C type of a value
+_GGUF_SCALARS: dict[int, Any] = {
+    0: ctypes.c_uint8, 1: ctypes.c_int8, 2: ctypes.c_uint16, 3: ctypes.c_int16, 4: ctypes.c_uint32, 5: ctypes.c_int32,
+    6: ctypes.c_float, 7: ctypes.c_bool, 10: ctypes.c_uint64, 11: ctypes.c_int64, 12: ctypes.c_double,
+}  # fmt: skip
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_LONG_ARRAY = 4096  # longer ones (vocabularies) are left to llama.cpp
+
+
+@dataclass(frozen=True)
+class LongArray:
+    """Stands for a metadata array that is not read here: a vocabulary, a normalisation table."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]  # rows first, as numpy has it
+    type_id: int  # enum ggml_type
+    offset: int  # bytes from the start of the file
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The header of a GGUF file: scalar and short-array metadata, and where each tensor lies."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @staticmethod
+    def open(path: Path) -> GgufFile:
+        """Raises ModelError for what is no GGUF file, or a truncated one."""
+        if not path.is_file():
+            raise ModelError(f"{path}: there is no such file")
+        with _captured_native_log() as lines:
+            header = gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
+        if not header:
+            raise ModelError(f"{path}: not a readable GGUF file ({lines.reason('its header is damaged')}); {_MAKE}")
+        try:
+            metadata = dict(_metadata_items(header))
+            tensors = dict(_tensor_items(header))
+        finally:
+            gguf_free(header)
+        end = max((tensor.offset + tensor.n_bytes for tensor in tensors.values()), default=0)
+        if path.stat().st_size < end:
+            raise ModelError(f"{path}: truncated, {path.stat().st_size:,} of {end:,} bytes are there; {_MAKE}")
+        return GgufFile(path, metadata, tensors)
+
+    def require(self, key: str, kind: type[T]) -> T:
+        value = self.metadata.get(key)
+        if not isinstance(value, kind):
+            raise ModelError(f"{self.path}: its metadata has no usable {key}; {_MAKE}")
+        return value
+
+
+_MAKE = "make a right one with: python -m convert"
+
+
+def _metadata_items(header: int) -> Iterator[tuple[str, Any]]:
+    for index in range(gguf_get_n_kv(header)):
+        key, kind = gguf_get_key(header, index).decode("utf-8", "replace"), gguf_get_kv_type(header, index)
+        if kind == _GGUF_STRING:
+            yield key, gguf_get_val_str(header, index).decode("utf-8", "replace")
+        elif kind == _GGUF_ARRAY:
+            element, count = gguf_get_arr_type(header, index), gguf_get_arr_n(header, index)
+            if element in _GGUF_SCALARS and count <= _LONG_ARRAY:
+                data = gguf_get_arr_data(header, index)
+                yield key, list((_GGUF_SCALARS[element] * count).from_address(data)) if count else []
+            else:
+                yield key, LongArray(count)
+        elif kind in _GGUF_SCALARS:
+            yield key, _GGUF_SCALARS[kind].from_address(gguf_get_val_data(header, index)).value
+
+
+def _tensor_items(header: int) -> Iterator[tuple[str, TensorInfo]]:
+    start = gguf_get_data_offset(header)
+    for index in range(gguf_get_n_tensors(header)):
+        shape = gguf_get_tensor_ne(header, index)[:4]
+        while len(shape) > 1 and shape[-1] == 1:
+            shape.pop()
+        yield gguf_get_tensor_name(header, index).decode("utf-8", "replace"), TensorInfo(
+            tuple(reversed(shape)), gguf_get_tensor_type(header, index),
+            start + gguf_get_tensor_offset(header, index), gguf_get_tensor_size(header, index),
+        )  # fmt: skip
+
+
+class _NativeLog:
+    """What llama.cpp said, at warning level and above; its last error is the reason of a failed load."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, level: int, text: bytes) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level >= 3 and line:  # GGML_LOG_LEVEL_WARN is 3, ERROR 4 (ggml.h)
+            self.lines.append(line)
+            log.debug("llama.cpp: %s", line)
+
+    def reason(self, default: str) -> str:
+        """The first line said, without the name of the function that said it."""
+        return re.sub(r"^\w+: ", "", self.lines[0]) if self.lines else default
+
+
+_native_log = _NativeLog()
+
+
+@contextlib.contextmanager
+def _captured_native_log() -> Iterator[_NativeLog]:
+    _native_log.lines.clear()
+    yield _native_log
+    _native_log.lines.clear()
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_native_log(level: int, text: bytes, user_data: Any) -> None:
+    _native_log.add(level, text)
+
+
+llama.llama_log_set(_on_native_log, ctypes.c_void_p(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model description: what scoring depends on, from rerank.* or, for a file from elsewhere, from what llama.cpp needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
+
+GEMMA_PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker: the prompt that bge-reranker-v2-gemma was trained with
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
+)
+CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
+
+
+@dataclass(frozen=True)
+class PromptParts:
+    query_prefix: str = "A: "
+    passage_prefix: str = "B: "
+    separator: str = "\n"
+    prompt: str = GEMMA_PROMPT
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the server must know of a file; every field was checked against the file."""
+
+    path: Path
+    kind: str
+    architecture: str
+    quantization: str
+    file_bytes: int
+    max_tokens: int
+    source: str = ""
+    token_types: int = 1
+    prompt: PromptParts = PromptParts()
+    cosine_scale: float = 1.0
+    cosine_bias: float = 0.0
+    lowercase: bool = True
+    strip_accents: bool = True
+    fixes: tuple[str, ...] = ()  # what was wrong in the file and is set right while loading
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def describe(gguf: GgufFile) -> ModelDescription:
+    """Checks what scoring depends on. Raises ModelError with one line that says what is wrong."""
+    architecture = gguf.require("general.architecture", str)
+    kind = gguf.metadata.get("rerank.kind") or _infer_kind(gguf, architecture)
+    if kind not in (CROSS_ENCODER, YES_LOGIT, BI_ENCODER):
+        raise ModelError(f"{gguf.path}: rerank.kind is {kind!r}, which this version does not know")
+    expected = "gemma" if kind == YES_LOGIT else "bert"
+    if architecture != expected:
+        raise ModelError(f"{gguf.path}: architecture {architecture!r} does not fit {kind} (expected {expected!r})")
+    context = gguf.require(f"{architecture}.context_length", int)
+    common: dict[str, Any] = {
+        "path": gguf.path, "kind": kind, "architecture": architecture, "quantization": _quantization(gguf),
+        "file_bytes": gguf.path.stat().st_size, "max_tokens": gguf.metadata.get("rerank.max_tokens", context),
+        "source": gguf.metadata.get("rerank.source", gguf.metadata.get("general.name", "")),
+    }  # fmt: skip
+    return ModelDescription(**common, **_DESCRIBE[kind](gguf))
+
+
+def _infer_kind(gguf: GgufFile, architecture: str) -> str:
+    """A file that this project did not convert: what can it be used for?"""
+    if architecture == "gemma":
+        return YES_LOGIT
+    if architecture == "bert" and "cls.output.weight" in gguf.tensors:
+        return CROSS_ENCODER
+    if architecture == "bert":
+        raise ModelError(f"{gguf.path}: an embedding model, not a reranker: it has no classification head; {_MAKE} m3")
+    raise ModelError(f"{gguf.path}: architecture {architecture!r} is not a reranker that is served here; {_MAKE} m3")
+
+
+def _quantization(gguf: GgufFile) -> str:
+    file_type = gguf.metadata.get("general.file_type")
+    name = llama.llama_ftype_name(file_type) if file_type is not None else None
+    return str(gguf.metadata.get("rerank.quantization") or (name.decode() if name else "unknown"))
+
+
+def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
+    tokenizer = gguf.require("tokenizer.ggml.model", str)
+    head = gguf.tensors.get("cls.output.weight")
+    if head is None or head.shape not in ((1, head.shape[-1]), head.shape[-1:]):
+        raise ModelError(f"{gguf.path}: no classification head with one output (cls.output.weight); {_MAKE} m3")
+    if "cls.weight" not in gguf.tensors:  # the vendored converter drops BERT's pooler.dense
+        raise ModelError(f"{gguf.path}: the head's first layer (cls.weight) is missing: scores would be wrong; {_MAKE}")
+    if tokenizer == "t5":
+        return _describe_xlm_roberta(gguf)
+    if tokenizer != "bert":
+        raise ModelError(f"{gguf.path}: tokenizer {tokenizer!r} is not known for a cross-encoder; {_MAKE}")
+    types = gguf.tensors.get("token_types.weight")
+    n_types = 1 if types is None or len(types.shape) == 1 else types.shape[0]
+    return {"token_types": n_types, **_describe_word_piece(gguf)}
+
+
+def _describe_xlm_roberta(gguf: GgufFile) -> dict[str, Any]:
+    positions = gguf.tensors.get("position_embd.weight")
+    if positions is None or positions.shape[0] & (positions.shape[0] - 1) == 2:
+        raise ModelError(f"{gguf.path}: its position table still holds XLM-R's two unused rows; {_MAKE} m3")
+    if "tokenizer.ggml.precompiled_charsmap" not in gguf.metadata:
+        raise ModelError(f"{gguf.path}: no normalisation table (precompiled_charsmap) in it; {_MAKE} m3")
+    if gguf.metadata.get("tokenizer.ggml.remove_extra_whitespaces") is not True:
+        return {"fixes": ("tokenizer.ggml.remove_extra_whitespaces",)}
+    return {}
+
+
+def _describe_word_piece(gguf: GgufFile) -> dict[str, Any]:
+    lowercase = gguf.metadata.get("tokenizer.ggml.normalizer.lowercase", True)
+    strip = gguf.metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)  # BERT strips where it lowercases
+    return {"lowercase": lowercase, "strip_accents": strip}
+
+
+def _describe_yes_logit(gguf: GgufFile) -> dict[str, Any]:
+    default = PromptParts()
+    parts = {
+        field.name: gguf.metadata.get(f"rerank.{field.name}", getattr(default, field.name))
+        for field in dataclasses.fields(PromptParts)
+    }
+    key = "tokenizer.ggml.add_space_prefix"  # llama.cpp's default is true, Gemma has none
+    return {"prompt": PromptParts(**parts), "fixes": () if gguf.metadata.get(key) is False else (key,)}
+
+
+def _describe_bi_encoder(gguf: GgufFile) -> dict[str, Any]:
+    scale, bias = gguf.require("rerank.cosine_scale", float), gguf.require("rerank.cosine_bias", float)
+    return {"cosine_scale": scale, "cosine_bias": bias, **_describe_word_piece(gguf)}
+
+
+_DESCRIBE: dict[str, Callable[[GgufFile], dict[str, Any]]] = {
+    CROSS_ENCODER: _describe_cross_encoder, YES_LOGIT: _describe_yes_logit, BI_ENCODER: _describe_bi_encoder,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines: list of pairs in, list of logits out
+# ---------------------------------------------------------------------------------------------------------------------
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """Scores pairs. Owned by one thread once its scheduler runs."""
+
+    description: ModelDescription
+    pairs: Pairs
+    max_batch_tokens: int  # what one decode should hold
+    max_sequences: int  # pairs in one decode
+
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """The raw logit of each pair, in order; any number of pairs. Raises EngineError."""
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's text of each id. Any thread."""
+
+    def close(self) -> None:
+        """Frees the native memory. May be called twice."""
+
+
+class LlamaModel:
+    """Owns one llama_model and one llama_context, and frees each once."""
+
+    def __init__(self, description: ModelDescription, settings: Settings) -> None:
+        """Loads the weights, memory-mapped. Raises ModelError."""
+        self._natives = contextlib.ExitStack()
+        self.context: Any = None
+        parameters = llama.llama_model_default_params()
+        parameters.n_gpu_layers = settings.gpu_layers if settings.gpu_layers >= 0 else 1000
+        parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP
+        parameters.use_extra_bufts = False  # repacked copies of the weights: more memory, and slower on AVX512-VNNI
+        overrides = _overrides(description.fixes)
+        parameters.kv_overrides = overrides
+        with _captured_native_log() as lines:
+            self.model = llama.llama_model_load_from_file(os.fsencode(description.path), parameters)
+            if not self.model:
+                raise ModelError(f"{description.path}: llama.cpp cannot load it ({lines.reason('no reason given')})")
+        self._natives.callback(llama.llama_model_free, self.model)
+        self.vocab = llama.llama_model_get_vocab(self.model)
+        self._settings, self._path = settings, description.path
+
+    def open_context(self, n_ubatch: int, n_ctx: int, n_outputs: int, pooling: int) -> None:
+        """n_ubatch, n_ctx: tokens; n_outputs: rows of logits at most. Raises ModelError."""
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_ctx, n_ubatch
+        parameters.n_seq_max, parameters.n_outputs_max = MAX_SEQUENCES, n_outputs
+        parameters.n_threads = parameters.n_threads_batch = self._settings.threads_used
+        parameters.embeddings = pooling != llama.LLAMA_POOLING_TYPE_UNSPECIFIED
+        parameters.pooling_type = pooling
+        parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED  # faster at every size, far less memory
+        parameters.kv_unified = True  # pairs of unequal length share one cache; separate streams are slower
+        with _captured_native_log() as lines:
+            self.context = llama.llama_init_from_model(self.model, parameters)
+            if not self.context:
+                self.close()
+                raise ModelError(f"{self._path}: no context of {n_ctx} tokens ({lines.reason('out of memory?')})")
+        self._natives.callback(llama.llama_free, self.context)
+
+    def piece(self, token_id: int) -> str:
+        return str(llama.llama_vocab_get_text(self.vocab, token_id).decode("utf-8", "replace"))
+
+    def close(self) -> None:
+        self._natives.close()
+
+
+_Overrides = llama.llama_model_kv_override * 4
+_FIXED_VALUES = {"tokenizer.ggml.remove_extra_whitespaces": True, "tokenizer.ggml.add_space_prefix": False}
+
+
+def _overrides(keys: Sequence[str]) -> Any:
+    """llama.cpp's list of overridden metadata, ended by an empty key."""
+    overrides = _Overrides()
+    for override, key in zip(overrides, keys, strict=False):
+        override.tag, override.key = llama.LLAMA_KV_OVERRIDE_TYPE_BOOL, key.encode()
+        override.value.val_bool = _FIXED_VALUES[key]
+    return overrides
+
+
+class Batch:
+    """The arrays of one llama_batch. One token belongs to one sequence; positions start at 0 in each."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        lengths = [len(sequence) for sequence in sequences]
+        self.n_tokens = sum(lengths)
+        self.ends = np.cumsum(lengths) - 1  # index of the last token of each sequence
+        self._token = np.concatenate([np.asarray(sequence, dtype=np.int32) for sequence in sequences])
+        self._position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        self._n_sequences = np.ones(self.n_tokens, dtype=np.int32)
+        self._sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        addresses = self._sequence.ctypes.data + 4 * np.arange(self.n_tokens, dtype=np.uint64)
+        self._sequence_pointers = addresses.astype(np.uint64)
+        self._output = np.zeros(self.n_tokens, dtype=np.int8)
+
+    def native(self, output: slice | FloatArray | npt.NDArray[np.int64], embeddings: FloatArray | None = None) -> Any:
+        """llama_batch that points into this object's arrays (keep it alive). output: tokens that get an output row."""
+        self._output[output] = 1
+        self._embeddings = embeddings
+        return llama.llama_batch(
+            n_tokens=self.n_tokens,
+            token=None if embeddings is not None else self._pointer(self._token, ctypes.c_int32),
+            embd=None if embeddings is None else self._pointer(embeddings, ctypes.c_float),
+            pos=self._pointer(self._position, ctypes.c_int32),
+            n_seq_id=self._pointer(self._n_sequences, ctypes.c_int32),
+            seq_id=self._pointer(self._sequence_pointers, ctypes.POINTER(ctypes.c_int32)),
+            logits=self._pointer(self._output, ctypes.c_int8),
+        )
+
+    @staticmethod
+    def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+class EncoderContext:
+    """Encodes sequences with a BERT-type model and reads one pooled vector per sequence."""
+
+    def __init__(self, model: LlamaModel, longest: int, ubatch: int, pooling: int) -> None:
+        # An encoder needs a whole sequence in one ubatch, or llama.cpp aborts the process.
+        self.n_ubatch = max(longest, ubatch)
+        model.open_context(self.n_ubatch, self.n_ubatch, 0, pooling)
+        self._model = model
+        self._cleared_tokens = 0
+
+    def encode(self, batch: Batch, n_values: int, embeddings: FloatArray | None = None) -> FloatArray:
+        """[len(batch), n_values] float32. Raises EngineError."""
+        if not 0 < batch.n_tokens <= self.n_ubatch or len(batch.ends) > MAX_SEQUENCES:
+            raise EngineError(f"a batch of {batch.n_tokens} tokens in {len(batch.ends)} sequences cannot be encoded")
+        status = llama.llama_encode(self._model.context, batch.native(slice(None), embeddings))
+        if status != 0:
+            raise EngineError(f"llama.cpp failed to encode {batch.n_tokens} tokens (status {status})")
+        self._give_back_logits(batch.n_tokens)
+        rows = np.empty((len(batch.ends), n_values), dtype=np.float32)
+        for index in range(len(batch.ends)):
+            values = llama.llama_get_embeddings_seq(self._model.context, index)
+            if not values:
+                raise EngineError("llama.cpp returned no pooled output")
+            rows[index] = values[:n_values]
+        return rows
+
+    def _give_back_logits(self, n_tokens: int) -> None:
+        """llama.cpp allocates and clears n_tokens x n_vocab floats of logits that an encoder never computes: 1 MB for
+        each token of m3. The buffer only grows, so its pages are given back once after each growth."""
+        if n_tokens <= self._cleared_tokens or not sys.platform.startswith("linux"):
+            return
+        self._cleared_tokens = n_tokens
+        logits = llama.llama_get_logits(self._model.context)
+        address = ctypes.cast(logits, ctypes.c_void_p).value
+        if address:
+            _give_back_pages(address, n_tokens * llama.llama_vocab_n_tokens(self._model.vocab) * 4)
+
+
+def _give_back_pages(address: int, n_bytes: int) -> None:
+    """The whole pages inside the range become zeroes that cost nothing until they are written to."""
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+class LlamaEngine:
+    """What the three engines share: packing any number of pairs into decodes, and freeing."""
+
+    pairs: Pairs
+
+    def __init__(self, description: ModelDescription, model: LlamaModel, settings: Settings) -> None:
+        self.description, self._model = description, model
+        self.max_batch_tokens, self.max_sequences = settings.ubatch, MAX_SEQUENCES
+
+    @property
+    def kind(self) -> str:
+        return self.description.kind
+
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """See Engine.score."""
+        return self._in_batches(pairs, lambda pair: len(pair.ids), self._score_batch)
+
+    def _in_batches(
+        self, items: Sequence[T], n_tokens: Callable[[T], int], work: Callable[[list[T]], list[Any]]
+    ) -> list[Any]:
+        waiting, results = deque(enumerate(items)), [None] * len(items)
+        while waiting:
+            batch = take_batch(waiting, lambda item: n_tokens(item[1]), self.max_batch_tokens, self.max_sequences)
+            for (index, _), result in zip(batch, work([item for _, item in batch]), strict=True):
+                results[index] = result
+        return results
+
+    def _score_batch(self, pairs: list[Pair]) -> list[float]:
+        raise NotImplementedError
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's text of each id. Any thread."""
+        return [self._model.piece(index) for index in ids]
+
+    def close(self) -> None:
+        self._model.close()
+
+
+class RankPoolingEngine(LlamaEngine):
+    """Cross-encoders: the logit of the classification head (llama.cpp's RANK pooling), one float for each pair."""
+
+    def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
+        model = LlamaModel(description, settings)
+        super().__init__(description, model, settings)
+        limit = min(settings.max_length, description.max_tokens)
+        self.pairs = _cross_encoder_pairs(model, description, limit)
+        self._token_types = TokenTypeEmbeddings(gguf) if description.token_types > 1 else None
+        self._encoder = EncoderContext(model, limit, settings.ubatch, llama.LLAMA_POOLING_TYPE_RANK)
+
+    def _score_batch(self, pairs: list[Pair]) -> list[float]:
+        embeddings = self._token_types(pairs) if self._token_types else None
+        rows = self._encoder.encode(Batch([pair.ids for pair in pairs]), 1, embeddings)
+        return [float(row[0]) for row in rows]
+
+
+def _cross_encoder_pairs(model: LlamaModel, description: ModelDescription, max_length: int) -> CrossEncoderPairs:
+    vocab = model.vocab
+    if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_WPM:
+        first, last = llama.llama_vocab_bos(vocab), llama.llama_vocab_sep(vocab)
+        tokenizer = _word_piece(model, description)
+        return CrossEncoderPairs(tokenizer, first, [last], last, max_length)
+    first, last = llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)
+    return CrossEncoderPairs(VocabTokenizer(vocab), first, [last, last], last, max_length)
+
+
+def _word_piece(model: LlamaModel, description: ModelDescription) -> WordPieceTokenizer:
+    pieces = [model.piece(token_id) for token_id in range(llama.llama_vocab_n_tokens(model.vocab))]
+    unknown = pieces.index("[UNK]") if "[UNK]" in pieces else -1
+    if unknown < 0:
+        raise ModelError(f"{description.path}: no [UNK] in its vocabulary; {_MAKE}")
+    return WordPieceTokenizer(pieces, unknown, description.lowercase, description.strip_accents)
+
+
+class TokenTypeEmbeddings:
+    """BERT's second token type, which llama.cpp cannot express: it adds token_types[0] to every token.
+
+    So the engine feeds embeddings in place of ids: token_embd[id], plus token_types[1] - token_types[0] where the
+    passage begins. Without this a BERT cross-encoder's scores are wrong without a word.
+    """
+
+    def __init__(self, gguf: GgufFile) -> None:
+        """Maps the file's embedding table; rows are dequantised as they are used. Raises ModelError."""
+        types = self._read(gguf, "token_types.weight")
+        self._difference: FloatArray = types(np.array([1]))[0] - types(np.array([0]))[0]
+        self._rows = self._read(gguf, "token_embd.weight")
+
+    def __call__(self, pairs: Sequence[Pair]) -> FloatArray:
+        """[n_tokens, n_embd] float32 for the pairs, one after the other."""
+        rows = self._rows(np.concatenate([np.asarray(pair.ids) for pair in pairs]))
+        start = 0
+        for pair in pairs:
+            rows[start + pair.passage_start : start + len(pair.ids)] += self._difference
+            start += len(pair.ids)
+        return rows
+
+    @staticmethod
+    def _read(gguf: GgufFile, name: str) -> Callable[[npt.NDArray[Any]], FloatArray]:
+        info = gguf.tensors.get(name)
+        if info is None:
+            raise ModelError(f"{gguf.path}: tensor {name} is missing; {_MAKE}")
+        n_rows, n_columns = info.shape
+        table = np.memmap(gguf.path, np.uint8, "r", info.offset, (n_rows, info.n_bytes // n_rows))
+        return lambda ids: dequantize(table[ids], info.type_id, n_columns)
+
+
+def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> FloatArray:
+    """[n, bytes of a row] raw ggml rows -> [n, n_columns] float32, by ggml's own to_float of that type."""
+    rows = np.ascontiguousarray(rows)
+    to_float = ggml_get_type_traits(type_id).contents.to_float
+    if not to_float:  # GGML_TYPE_F32
+        return rows.view(np.float32).copy()
+    result = np.empty((len(rows), n_columns), dtype=np.float32)
+    convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(to_float)
+    convert(rows.ctypes.data, result.ctypes.data, result.size)
+    return result
+
+
+class YesLogitEngine(LlamaEngine):
+    """bge-reranker-v2-gemma: the logit of "Yes" after the prompt. The logit of "No" plays no part."""
+
+    def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
+        model = LlamaModel(description, settings)
+        super().__init__(description, model, settings)
+        tokenizer = VocabTokenizer(model.vocab)
+        bos = llama.llama_vocab_bos(model.vocab)
+        limit = min(settings.max_length, description.max_tokens)
+        self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
+        self._yes = _yes_token(gguf, tokenizer)
+        n_ctx = max(self.pairs.longest, settings.ubatch)
+        model.open_context(settings.ubatch, n_ctx, MAX_SEQUENCES, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
+        self._n_ctx = n_ctx
+
+    def _score_batch(self, pairs: list[Pair]) -> list[float]:
+        batch = Batch([pair.ids for pair in pairs])
+        if not 0 < batch.n_tokens <= self._n_ctx:
+            raise EngineError(f"a batch of {batch.n_tokens} tokens cannot be decoded")
+        context = self._model.context
+        llama.llama_memory_clear(llama.llama_get_memory(context), False)
+        status = llama.llama_decode(context, batch.native(batch.ends))
+        if status != 0:
+            raise EngineError(f"llama.cpp failed to decode {batch.n_tokens} tokens (status {status})")
+        return [self._yes_logit(int(end)) for end in batch.ends]
+
+    def _yes_logit(self, index: int) -> float:
+        logits = llama.llama_get_logits_ith(self._model.context, index)
+        if not logits:
+            raise EngineError("llama.cpp returned no logits")
+        return float(logits[self._yes])
+
+
+def _yes_token(gguf: GgufFile, tokenize: Tokenizer) -> int:
+    """The first id of "Yes", as the reference takes it; the file's own record must agree. Raises ModelError."""
+    yes = tokenize("Yes")
+    recorded = gguf.metadata.get("rerank.yes_token_id", yes[0] if yes else None)
+    if not yes or recorded != yes[0]:
+        raise ModelError(f"{gguf.path}: its tokenizer makes {yes} of 'Yes', its metadata says {recorded}; {_MAKE}")
+    return yes[0]
+
+
+class EmbeddingEngine(LlamaEngine):
+    """The mini model: mean-pooled embeddings of query and passage, and a fitted line from their cosine to a logit."""
+
+    def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
+        model = LlamaModel(description, settings)
+        super().__init__(description, model, settings)
+        first, last = llama.llama_vocab_bos(model.vocab), llama.llama_vocab_sep(model.vocab)
+        limit = min(settings.max_length, description.max_tokens)
+        self.pairs = TextPairs(_word_piece(model, description), first, last, limit)
+        self._n_embd = llama.llama_model_n_embd(model.model)
+        self._encoder = EncoderContext(model, limit, settings.ubatch, llama.LLAMA_POOLING_TYPE_MEAN)
+        self._query_vectors: OrderedDict[tuple[int, ...], FloatArray] = OrderedDict()
+
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """See Engine.score."""
+        known = self._query_vectors
+        missing = [ids for ids in dict.fromkeys(pair.query_ids for pair in pairs) if ids not in known]
+        known.update(zip(missing, self._embed(missing), strict=True))
+        passages = self._embed([pair.ids for pair in pairs])
+        scale, bias = self.description.cosine_scale, self.description.cosine_bias
+        logits = [
+            scale * float(known[pair.query_ids] @ vector) + bias
+            for pair, vector in zip(pairs, passages, strict=True)
+        ]  # fmt: skip
+        while len(known) > QUERY_VECTORS_KEPT:
+            known.popitem(last=False)
+        return logits
+
+    def _embed(self, texts: Sequence[tuple[int, ...]]) -> list[FloatArray]:
+        """Unit vectors, one for each sequence of ids."""
+        return self._in_batches(texts, len, self._embed_batch)
+
+    def _embed_batch(self, texts: list[tuple[int, ...]]) -> list[FloatArray]:
+        rows = self._encoder.encode(Batch(texts), self._n_embd)
+        return list(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+_ENGINES: dict[str, Callable[[GgufFile, ModelDescription, Settings], Any]] = {
+    CROSS_ENCODER: RankPoolingEngine, YES_LOGIT: YesLogitEngine, BI_ENCODER: EmbeddingEngine,
+}  # fmt: skip
+
+
+def load_engine(path: Path, settings: Settings) -> LlamaEngine:
+    """Opens a GGUF file, checks it, and decides from its metadata which engine scores with it. Raises ModelError."""
+    gguf = GgufFile.open(path)
+    description = describe(gguf)
+    engine = cast(LlamaEngine, _ENGINES[description.kind](gguf, description, settings))
+    try:
+        _check_known_pair(gguf, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _check_known_pair(gguf: GgufFile, engine: LlamaEngine) -> None:
+    """The file carries the ids of one pair as the reference builds it; this build must make the same ones."""
+    expected = gguf.metadata.get("rerank.check_ids")
+    if not expected:
+        return
+    query, passage = gguf.require("rerank.check_query", str), gguf.require("rerank.check_passage", str)
+    (pair,) = engine.pairs.make(query, [passage], CHECK_MAX_LENGTH_TOKENS)
+    if not pair.truncated and list(pair.ids) != expected:
+        raise ModelError(
+            f"{gguf.path}: its tokenizer makes other ids than the reference of a known pair "
+            f"({list(pair.ids)[:12]}... instead of {expected[:12]}...); {_MAKE}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(logit: float) -> float:
+    """Stable for any finite logit. Raises EngineError for NaN and infinities: a failure is never a score."""
+    if not math.isfinite(logit):
+        raise EngineError(f"the model gave {logit} in place of a score")
+    if logit >= 0:
+        return 1.0 / (1.0 + math.exp(-logit))
+    return (exponential := math.exp(logit)) / (1.0 + exponential)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Roles: which file serves use_llm false (m3) and true (gemma)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Role:
+    """A file, and its engine and scheduler once they are needed."""
+
+    def __init__(
+        self, name: str, description: ModelDescription, settings: Settings,
+        load: Callable[[Path, Settings], Engine] = load_engine,
+    ) -> None:  # fmt: skip
+        self.name, self.description, self._settings, self._load = name, description, settings, load
+        self._lock = threading.Lock()  # guards _engine, _scheduler and _closed
+        self._engine: Engine | None = None
+        self._scheduler: Scheduler | None = None
+        self._closed = False
+
+    @property
+    def loaded(self) -> bool:
+        return self._engine is not None
+
+    def load(self) -> tuple[Engine, Scheduler]:
+        """Loads on first use; others wait for it. Raises ModelError, and UnavailableError once closed."""
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the server is stopping")
+            if self._engine is None or self._scheduler is None:
+                started = time.perf_counter()
+                self._engine = self._load(self.description.path, self._settings)
+                self._scheduler = Scheduler(self._engine, self.name)
+                log.info("%s: %s loaded in %.1f s", self.name, self.description.name, time.perf_counter() - started)
+            return self._engine, self._scheduler
+
+    def logits(self, query: str, passages: Sequence[str]) -> tuple[list[Pair], list[float]]:
+        """Pairs and their raw logits, in the order of the passages. Raises ModelError and RequestError."""
+        if not passages:
+            return [], []
+        engine, scheduler = self.load()
+        pairs = engine.pairs.make(query, passages)
+        futures = scheduler.submit(pairs)
+        return pairs, [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Answers what was submitted, then frees the model."""
+        with self._lock:
+            self._closed = True
+            if self._scheduler is not None:
+                self._scheduler.close()
+
+
+class Roles:
+    """The m3 role (always there) and the gemma role (perhaps)."""
+
+    def __init__(self, m3: Role, gemma: Role | None, is_fallback: bool) -> None:
+        self.m3, self.gemma, self.is_fallback = m3, gemma, is_fallback
+
+    @staticmethod
+    def find(settings: Settings) -> Roles:
+        """Takes the files named by flags, else those in the models folder. Raises ModelError when none serves m3."""
+        found = _files_by_kind(settings.models)
+        m3 = _describe_for(settings.m3, CROSS_ENCODER, BI_ENCODER) or _newest(found, CROSS_ENCODER)
+        mini = None if m3 else _newest(found, BI_ENCODER)
+        gemma = _describe_for(settings.gemma, YES_LOGIT) or _newest(found, YES_LOGIT)
+        first = m3 or mini
+        if first is None:
+            raise ModelError(
+                f"no model in {settings.models}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
+                "`make mini` for the small one that needs no Hub"
+            )
+        return Roles(
+            Role("m3", first, settings),
+            Role("gemma", gemma, settings) if gemma else None,
+            is_fallback=first.kind == BI_ENCODER,
+        )
+
+    def select(self, use_llm: bool) -> Role:
+        """Raises UnavailableError that names the command which makes the missing file."""
+        if not use_llm:
+            return self.m3
+        if self.gemma is None:
+            raise UnavailableError(
+                f"no gemma model is here, so use_llm cannot be true; on the server run: {MODEL_COMMANDS['gemma']}",
+                "use_llm",
+            )
+        return self.gemma
+
+    def all(self) -> list[Role]:
+        return [role for role in (self.m3, self.gemma) if role is not None]
+
+
+def _describe_for(path: Path | None, *kinds: str) -> ModelDescription | None:
+    if path is None:
+        return None
+    description = describe(GgufFile.open(path))
+    if description.kind not in kinds:
+        raise ModelError(f"{path}: a {description.kind} model cannot serve this role (it takes {' or '.join(kinds)})")
+    return description
+
+
+def _files_by_kind(folder: Path) -> dict[str, list[ModelDescription]]:
+    """Every servable GGUF file in the folder, newest first; one that is not is named in the log and left alone."""
+    found: dict[str, list[ModelDescription]] = {}
+    files = [path for path in folder.glob("*.gguf") if path.is_file()]
+    for path in sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+        try:
+            description = describe(GgufFile.open(path))
+        except ModelError as error:
+            log.warning("not served: %s", error)
+            continue
+        found.setdefault(description.kind, []).append(description)
+    return found
+
+
+def _newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescription | None:
+    """The file that was made last; for cross-encoders a real m3 goes before any other."""
+    candidates = sorted(found.get(kind, []), key=lambda description: "reranker-v2-" not in description.name)
+    return candidates[0] if candidates else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Response:
+    status: int
+    body: Any
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Application:
+    """What the routes do, without HTTP: raw body in, Response out. Any thread."""
+
+    def __init__(self, roles: Roles, settings: Settings) -> None:
+        self._roles, self._settings = roles, settings
+        self.routes: dict[str, dict[str, Callable[[bytes], Response]]] = {
+            "/rerank": {"POST": self.rerank},
+            "/health": {"GET": self.health},
+        }
+        if settings.debug:
+            self.routes["/debug/pair"] = {"POST": self.debug_pair}
+
+    def rerank(self, raw: bytes) -> Response:
+        request = RerankRequest.parse(raw)
+        role = self._roles.select(request.use_llm)
+        pairs, logits = role.logits(request.query, request.passages)
+        headers = {"X-Rerank-Model": role.description.name}
+        if truncated := [str(index) for index, pair in enumerate(pairs) if pair.truncated]:
+            headers["X-Rerank-Truncated"] = ",".join(truncated)
+        return Response(200, [sigmoid(logit) for logit in logits], headers)
+
+    def health(self, raw: bytes) -> Response:
+        models: dict[str, Any] = {"m3": None, "gemma": None}
+        models |= {role.name: self._model_state(role) for role in self._roles.all()}
+        return Response(200, {"status": "ok", "version": __version__, "models": models})
+
+    def _model_state(self, role: Role) -> dict[str, Any]:
+        description = role.description
+        return {
+            "file": description.path.name, "kind": description.kind, "architecture": description.architecture,
+            "quantization": description.quantization, "file_bytes": description.file_bytes,
+            "max_length": min(description.max_tokens, self._settings.max_length), "loaded": role.loaded,
+            "is_fallback": role.name == "m3" and self._roles.is_fallback,
+        }  # fmt: skip
+
+    def debug_pair(self, raw: bytes) -> Response:
+        """One pair as the model sees it: {query, passage, use_llm} -> pieces, ids, where it was cut, logit, score."""
+        body = parse_json_object(raw)
+        query, passage = _text(body.get("query"), "query", body), _text(body.get("passage"), "passage", body)
+        role = self._roles.select(_boolean(body.get("use_llm"), "use_llm"))
+        (pair,), (logit,) = role.logits(query, [passage])
+        engine, _ = role.load()
+        sequences = {"ids": pair.ids, **({"query_ids": pair.query_ids} if pair.query_ids else {})}
+        pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
+        return Response(200, {
+            "model": role.description.name, **sequences, **pieces, "passage_start": pair.passage_start,
+            "truncated": pair.truncated, "logit": logit, "score": sigmoid(logit),
+        })  # fmt: skip
+
+
+class RerankServer(http.server.ThreadingHTTPServer):
+    """One thread for each connection. Counts connections, so that stopping can wait for those at work."""
+
+    daemon_threads = True
+    request_queue_size = 256
+    allow_reuse_address = True
+
+    def __init__(self, application: Application, settings: Settings) -> None:
+        self.application, self.settings = application, settings
+        self.draining = False
+        self._changed = threading.Condition()  # guards _idle, _open and draining
+        self._idle: set[socket.socket] = set()
+        self._open = 0
+        if ":" in settings.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((settings.host, settings.port), RerankHandler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            self._open += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._changed:
+                self._open -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def idle(self, connection: socket.socket) -> Iterator[None]:
+        """While a connection waits for its next request. When draining, what has already arrived is still read."""
+        with self._changed:
+            self._idle.add(connection)
+            if self.draining:
+                _stop_reading(connection)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._idle.discard(connection)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Stops accepting, answers what has arrived, closes. False: some request was not done in time."""
+        self.shutdown()
+        self._accept_the_rest()
+        self.server_close()
+        with self._changed:
+            self.draining = True
+            for connection in self._idle:
+                _stop_reading(connection)
+            return self._changed.wait_for(lambda: self._open == 0, timeout_s)
+
+    def _accept_the_rest(self) -> None:
+        """Connections that the kernel has completed but nobody has accepted would be reset by closing."""
+        while select.select([self.socket], [], [], 0)[0]:
+            self._handle_request_noblock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            log.error("connection failed: %s", traceback.format_exc())
+
+
+def _stop_reading(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the client may be gone
+        connection.shutdown(socket.SHUT_RD)
+
+
+class RerankHandler(http.server.BaseHTTPRequestHandler):
+    """Reads one request after the other from a connection and writes exactly one answer to each."""
+
+    server: RerankServer
+    protocol_version = "HTTP/1.1"
+    server_version = f"rerank-server/{__version__}"
+    sys_version = ""
+    timeout = SOCKET_TIMEOUT_S
+    disable_nagle_algorithm = True
+
+    def handle_one_request(self) -> None:
+        self.close_connection, self.command, self._body_pending = True, "", False
+        try:
+            with self.server.idle(self.connection):
+                self.raw_requestline = self.rfile.readline(MAX_REQUEST_LINE_BYTES + 1)
+            self._started = time.perf_counter()
+            if len(self.raw_requestline) > MAX_REQUEST_LINE_BYTES:
+                self.requestline = self.request_version = ""
+                self.send_error(414)
+            elif self.raw_requestline and self.parse_request():
+                self._answer()
+            if self._body_pending:
+                self._linger()
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def _answer(self) -> None:
+        try:
+            response = self._respond()
+        except RequestError as error:
+            response = Response(error.status, error.body(), error.headers)
+        except ModelError as error:
+            log.error("%s", error)
+            failure = UnavailableError(f"the model could not be loaded: {error}")
+            response = Response(failure.status, failure.body())
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            log.error("%s %s failed: %s", self.command, self.path, traceback.format_exc())
+            failure_500 = EngineError("internal error; see the server's log")
+            response = Response(failure_500.status, failure_500.body())
+        self._send(response)
+
+    def _respond(self) -> Response:
+        self._body_pending = self._may_have_body()
+        path = self.path.partition("?")[0]
+        methods = self.server.application.routes.get(path)
+        if methods is None:
+            known = ", ".join(self.server.application.routes)
+            raise NotFoundError(f"there is no {path[:200]!r} here; the endpoints are {known}")
+        handler = methods.get("GET" if self.command == "HEAD" else self.command)
+        if handler is None:
+            allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+            raise MethodError(f"{path} takes {allowed}, not {self.command[:20]}", headers={"Allow": allowed})
+        return handler(self._read_body())
+
+    def _may_have_body(self) -> bool:
+        if self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers:
+            return True
+        return str(self.headers.get("Content-Length", "0")).strip() != "0"
+
+    def _read_body(self) -> bytes:
+        if self.command in ("GET", "HEAD") and not self._body_pending:
+            return b""
+        length = self._content_length()
+        body = self.rfile.read(length)
+        self._body_pending = False
+        if len(body) < length:
+            self.close_connection = True
+            raise BadRequestError(f"the body ended after {len(body)} of {length} bytes")
+        return body
+
+    def _content_length(self) -> int:
+        """Raises LengthError, BadRequestError or TooLargeError before a byte of the body is read."""
+        values = self.headers.get_all("Content-Length") or []
+        if not values or "Transfer-Encoding" in self.headers:
+            raise LengthError("the request needs a Content-Length header")
+        if len(values) > 1 or not re.fullmatch(r"[0-9]{1,15}", values[0].strip()):
+            raise BadRequestError("the Content-Length header must be one number")
+        limit = self.server.settings.max_body_mb * 1_000_000
+        if int(values[0]) > limit:
+            raise TooLargeError(f"the body has {int(values[0]):,} bytes; at most {limit:,} are accepted")
+        return int(values[0])
+
+    def handle_expect_100(self) -> bool:
+        """Refuses a body that is too large before the client sends it."""
+        self._body_pending = True
+        try:
+            self._content_length()
+        except RequestError as error:
+            self._body_pending = False  # the client still waits with it
+            self.close_connection = True
+            self._send(Response(error.status, error.body(), error.headers))
+            return False
+        return super().handle_expect_100()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses while it parses the request line and headers, as JSON."""
+        class Refused(RequestError):
+            status, error_type = code, "invalid_http"
+
+        self.close_connection = True
+        error = Refused(message or self.responses.get(code, ("bad request", ""))[0])
+        self._send(Response(code, error.body()))
+
+    def _send(self, response: Response) -> None:
+        payload = json.dumps(response.body, ensure_ascii=False).encode("utf-8") + b"\n"
+        if self._body_pending or self.server.draining:
+            self.close_connection = True
+        self.send_response(response.status)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(payload)), **response.headers}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        buffered = b"".join(self._headers_buffer) + b"\r\n"
+        self._headers_buffer = []
+        self.wfile.write(buffered if self.command == "HEAD" else buffered + payload)
+
+    def _linger(self) -> None:
+        """Reads and drops what the client is still sending: closing with unread data would destroy our answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(LINGER_S)
+        deadline = time.monotonic() + LINGER_S
+        while time.monotonic() < deadline and self.rfile.read1(1 << 16):  # type: ignore[attr-defined]
+            pass
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        milliseconds = (time.perf_counter() - self._started) * 1000
+        path = getattr(self, "path", "?").partition("?")[0][:200]
+        log.info("%s %s %s %.1f ms", self.command or "?", path, int(code), milliseconds)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        log.debug(format, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start, check, stop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_report(roles: Roles, settings: Settings, address: str) -> str:
+    """What a person wants to know before the first request: files, limits, address, and a line to try."""
+    lines = [f"rerank-server {__version__} (llama-cpp-python {llama_cpp.__version__})", ""]
+    lines += _role_lines("use_llm false", roles.m3, settings)
+    if roles.is_fallback:
+        lines += ["    no m3 file found, so the small English model serves this role", _better("m3")]
+    if roles.gemma:
+        lines += _role_lines("use_llm true ", roles.gemma, settings)
+        lines += ["    loaded on first use"]
+    else:
+        lines += ["  use_llm true   no model: answers 503", _better("gemma")]
+    example = '{"query": "capital of France?", "passages": ["Paris is the capital of France.", "I like cheese."]}'
+    lines += [
+        "", f"  {settings.threads_used} threads, up to {settings.ubatch} tokens in a decode, pairs of at most "
+        f"{settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB",
+        f"  listening on {address}", "", "  try it:",
+        f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _role_lines(title: str, role: Role, settings: Settings) -> list[str]:
+    model = role.description
+    lines = [
+        f"  {title}  {model.path}",
+        f"    {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB, "
+        f"at most {min(model.max_tokens, settings.max_length):,} tokens",
+    ]
+    return lines + [f"    set right while loading: {key} = {_FIXED_VALUES[key]}" for key in model.fixes]
+
+
+def _better(name: str) -> str:
+    return f"    to get {name}: {MODEL_COMMANDS[name]}"
+
+
+def serve(settings: Settings) -> int:
+    """Runs until SIGTERM or Ctrl-C. Returns the exit status."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    roles = Roles.find(settings)
+    roles.m3.load()
+    try:
+        server = RerankServer(Application(roles, settings), settings)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    host, port = server.server_address[0], server.server_address[1]
+    host = f"[{host!s}]" if ":" in str(host) else {"0.0.0.0": "127.0.0.1"}.get(str(host), str(host))
+    print(start_report(roles, settings, f"http://{host}:{port}"), flush=True)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="accept", daemon=True).start()
+    stop.wait()
+    log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
+    done = server.drain(settings.drain_s)
+    if not done:
+        log.warning("some requests were not done within %d s", settings.drain_s)
+        os._exit(0)  # their threads hold the models
+    for role in roles.all():
+        role.close()
+    log.info("stopped")
+    return 0
+
+
+def check(path: Path, pairs: str | None, settings: Settings) -> int:
+    """--check: opens a file as the server would and says what it is; with pairs, scores them (one JSON line each)."""
+    engine = load_engine(path, settings)
+    try:
+        if pairs is not None:
+            with contextlib.nullcontext(sys.stdin) if pairs == "-" else open(pairs, encoding="utf-8") as lines:
+                return _score_lines(engine, lines)
+        print(f"{path}: good\n" + "\n".join(_check_lines(engine)))
+        return 0
+    finally:
+        engine.close()
+
+
+def _check_lines(engine: LlamaEngine) -> Iterator[str]:
+    model = engine.description
+    yield f"  {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB"
+    yield f"  source {model.source or 'unknown'}, at most {model.max_tokens:,} tokens"
+    for key in model.fixes:
+        yield f"  set right while loading: {key} = {_FIXED_VALUES[key]}"
+    passages = ["Paris is the capital of France.", "I like cheese."]
+    logits = engine.score(engine.pairs.make("What is the capital of France?", passages))
+    for passage, logit in zip(passages, logits, strict=True):
+        yield f"  'What is the capital of France?' / {passage!r}: {sigmoid(logit):.4f}"
+
+
+def _score_lines(engine: LlamaEngine, lines: Iterable[str]) -> int:
+    pairs: list[Pair] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            body = parse_json_object(line.encode("utf-8", "surrogatepass"))
+            query, passage = _text(body.get("query"), "query", body), _text(body.get("passage"), "passage", body)
+        except BadRequestError as error:
+            raise ModelError(f"--pairs, line {number}: {error.message}") from None
+        pairs += engine.pairs.make(query, [passage], body.get("max_length"))
+    started = time.perf_counter()
+    logits = engine.score(pairs)
+    seconds = time.perf_counter() - started
+    for pair, logit in zip(pairs, logits, strict=True):
+        print(json.dumps({"ids": pair.ids, "passage_start": pair.passage_start, "truncated": pair.truncated,
+                          "logit": logit, "score": sigmoid(logit)}))  # fmt: skip
+    print(json.dumps({"summary": {
+        "kind": engine.kind, "quantization": engine.description.quantization, "n_pairs": len(pairs),
+        "n_tokens": sum(len(pair.ids) for pair in pairs), "seconds": seconds, "rss_bytes": resident_bytes(),
+    }}))  # fmt: skip
+    return 0
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux; elsewhere 0)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 stopped as asked, 1 a model cannot be served, 2 a setting is wrong."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    arguments = settings_parser().parse_args(argv)
+    try:
+        settings = read_settings(arguments, dict(os.environ))
+        return check(arguments.check, arguments.pairs, settings) if arguments.check else serve(settings)
+    except (SettingsError, ModelError, EngineError, OSError) as error:
+        print(f"rerank_server.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
