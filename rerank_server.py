@@ -43,6 +43,7 @@ import re
 import select
 import signal
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -453,7 +454,7 @@ class VocabTokenizer:
             count = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, False, False)
         if count < 0:
             raise EngineError("the tokenizer failed")
-        return buffer[:count]
+        return list(buffer[:count])
 
 
 class WordPieceTokenizer:
@@ -524,7 +525,7 @@ def _clean_character(character: str) -> str:
     category = unicodedata.category(character)
     if character in "\t\n\r" or category.startswith("Z"):
         return " "
-    if character == "\ufffd" or category.startswith("C"):
+    if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):  # not Cn: an emoji newer than Python's tables
         return ""
     code = ord(character)
     return f" {character} " if any(low <= code <= high for low, high in _CJK_RANGES) else character
@@ -904,7 +905,7 @@ def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
 
 def _describe_xlm_roberta(gguf: GgufFile) -> dict[str, Any]:
     positions = gguf.tensors.get("position_embd.weight")
-    if positions is None or positions.shape[0] & (positions.shape[0] - 1) == 2:
+    if positions is None or (positions.shape[0] - 2).bit_count() == 1:  # 8,194 or 514: a power of two, and two
         raise ModelError(f"{gguf.path}: its position table still holds XLM-R's two unused rows; {_MAKE} m3")
     if "tokenizer.ggml.precompiled_charsmap" not in gguf.metadata:
         raise ModelError(f"{gguf.path}: no normalisation table (precompiled_charsmap) in it; {_MAKE} m3")
@@ -985,13 +986,15 @@ class LlamaModel:
         self.vocab = llama.llama_model_get_vocab(self.model)
         self._settings, self._path = settings, description.path
 
-    def open_context(self, n_ubatch: int, n_ctx: int, n_outputs: int, pooling: int) -> None:
-        """n_ubatch, n_ctx: tokens; n_outputs: rows of logits at most. Raises ModelError."""
+    def open_context(self, n_ubatch: int, n_ctx: int, n_sequences: int, pooling: int) -> None:
+        """n_ubatch, n_ctx: tokens; n_sequences: in one decode, each with one result. Raises ModelError."""
         parameters = llama.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_ctx, n_ubatch
-        parameters.n_seq_max, parameters.n_outputs_max = MAX_SEQUENCES, n_outputs
+        is_encoder = pooling != llama.LLAMA_POOLING_TYPE_UNSPECIFIED
+        parameters.n_seq_max = n_sequences
+        parameters.n_outputs_max = 0 if is_encoder else n_sequences  # 0: every token, which pooling needs
         parameters.n_threads = parameters.n_threads_batch = self._settings.threads_used
-        parameters.embeddings = pooling != llama.LLAMA_POOLING_TYPE_UNSPECIFIED
+        parameters.embeddings = is_encoder
         parameters.pooling_type = pooling
         parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED  # faster at every size, far less memory
         parameters.kv_unified = True  # pairs of unequal length share one cache; separate streams are slower
@@ -1062,7 +1065,7 @@ class EncoderContext:
     def __init__(self, model: LlamaModel, longest: int, ubatch: int, pooling: int) -> None:
         # An encoder needs a whole sequence in one ubatch, or llama.cpp aborts the process.
         self.n_ubatch = max(longest, ubatch)
-        model.open_context(self.n_ubatch, self.n_ubatch, 0, pooling)
+        model.open_context(self.n_ubatch, self.n_ubatch, MAX_SEQUENCES, pooling)
         self._model = model
         self._cleared_tokens = 0
 
@@ -1213,8 +1216,8 @@ def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> Flo
     rows = np.ascontiguousarray(rows)
     to_float = ggml_get_type_traits(type_id).contents.to_float
     if not to_float:  # GGML_TYPE_F32
-        return rows.view(np.float32).copy()
-    result = np.empty((len(rows), n_columns), dtype=np.float32)
+        return cast(FloatArray, rows.view(np.float32).copy())
+    result: FloatArray = np.empty((len(rows), n_columns), dtype=np.float32)
     convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(to_float)
     convert(rows.ctypes.data, result.ctypes.data, result.size)
     return result
@@ -1232,7 +1235,9 @@ class YesLogitEngine(LlamaEngine):
         self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
         self._yes = _yes_token(gguf, tokenizer)
         n_ctx = max(self.pairs.longest, settings.ubatch)
-        model.open_context(settings.ubatch, n_ctx, MAX_SEQUENCES, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
+        (shortest,) = self.pairs.make("", [""])  # its length is the prompt's: fewer sequences, fewer logits kept
+        self.max_sequences = min(MAX_SEQUENCES, max(1, settings.ubatch // len(shortest.ids)))
+        model.open_context(settings.ubatch, n_ctx, self.max_sequences, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
         self._n_ctx = n_ctx
 
     def _score_batch(self, pairs: list[Pair]) -> list[float]:
@@ -1544,6 +1549,11 @@ class RerankServer(http.server.ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), RerankHandler)
 
+    def server_bind(self) -> None:
+        """Without the base class's look-up of the host's full name, which takes seconds where DNS does not answer."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._changed:
             self._open += 1
@@ -1584,7 +1594,7 @@ class RerankServer(http.server.ThreadingHTTPServer):
     def _accept_the_rest(self) -> None:
         """Connections that the kernel has completed but nobody has accepted would be reset by closing."""
         while select.select([self.socket], [], [], 0)[0]:
-            self._handle_request_noblock()
+            self.handle_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
@@ -1712,16 +1722,19 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
-        buffered = b"".join(self._headers_buffer) + b"\r\n"
-        self._headers_buffer = []
-        self.wfile.write(buffered if self.command == "HEAD" else buffered + payload)
+        self._payload = b"" if self.command == "HEAD" else payload
+        self.end_headers()
+
+    def flush_headers(self) -> None:
+        """Headers and body leave in one write, so that none waits for the client's acknowledgement of the other."""
+        self.wfile.write(b"".join(vars(self).pop("_headers_buffer", [])) + vars(self).pop("_payload", b""))
 
     def _linger(self) -> None:
         """Reads and drops what the client is still sending: closing with unread data would destroy our answer."""
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(LINGER_S)
         deadline = time.monotonic() + LINGER_S
-        while time.monotonic() < deadline and self.rfile.read1(1 << 16):  # type: ignore[attr-defined]
+        while time.monotonic() < deadline and self.rfile.read1(1 << 16):
             pass
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
@@ -1805,7 +1818,7 @@ def check(path: Path, pairs: str | None, settings: Settings) -> int:
     engine = load_engine(path, settings)
     try:
         if pairs is not None:
-            with contextlib.nullcontext(sys.stdin) if pairs == "-" else open(pairs, encoding="utf-8") as lines:
+            with contextlib.nullcontext(sys.stdin) if pairs == "-" else Path(pairs).open(encoding="utf-8") as lines:
                 return _score_lines(engine, lines)
         print(f"{path}: good\n" + "\n".join(_check_lines(engine)))
         return 0

@@ -33,7 +33,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.description = describe_fake("fake")
-        self.pairs = FakePairs()
+        self.pairs: server.Pairs = FakePairs()
         self.block = threading.Event()
         self.block.set()
         self.fail: Exception | None = None
@@ -248,7 +248,7 @@ def test_a_body_that_stops_half_way_is_refused(running: Running) -> None:
     assert b" 400 " in running.raw(b"POST /rerank HTTP/1.1\r\nContent-Length: 100\r\n\r\n{}", half_close=True)
 
 
-@pytest.mark.parametrize("garbage", [b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n", b"A" * 70_000 + b"\r\n"])
+@pytest.mark.parametrize("garbage", [b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x01\r\n", b"A" * 70_000 + b"\r\n"])
 def test_what_is_no_http_gets_an_answer_or_a_clean_close(running: Running, garbage: bytes) -> None:
     answer = running.raw(garbage, half_close=True)
     assert b"Traceback" not in answer
@@ -270,7 +270,8 @@ def test_pipelined_requests_are_answered_in_order(running: Running) -> None:
     body = b'{"query": "q", "passages": ["a"]}'
     one = b"POST /rerank HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     answer = running.raw(one + b"GET /nothing HTTP/1.1\r\n\r\n" + one, half_close=True)
-    assert [line.split()[1] for line in answer.split(b"\n") if line.startswith(b"HTTP/1.1 ")] == [b"200", b"404", b"200"]
+    statuses = [line.split()[1] for line in answer.split(b"\n") if line.startswith(b"HTTP/1.1 ")]
+    assert statuses == [b"200", b"404", b"200"]
 
 
 @pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])

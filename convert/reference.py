@@ -1,0 +1,154 @@
+"""What the reference makes of a pair: its token ids, by the checkpoint's own tokenizer, and (with the `reference` extra)
+its logit, by transformers. Written apart from the server's code, so that the one can check the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import CannotStartError, ConvertError
+from .models import BI_ENCODER, MINI_COSINE_BIAS, MINI_COSINE_SCALE, YES_LOGIT, Architecture
+from .vocab import Vocabulary, bert_normalization, read_sentencepiece
+
+MAX_LENGTH_TOKENS = 512  # of rerank.check_ids
+QUERY_PREFIX, PASSAGE_PREFIX, SEPARATOR = "A: ", "B: ", "\n"
+PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
+)
+
+Encode = Callable[[str], list[int]]
+
+
+def max_tokens(checkpoint: Checkpoint, architecture: Architecture, positions: int) -> int:
+    """The longest input, specials counted. sentence-transformers cuts a bi-encoder's texts at max_seq_length."""
+    if architecture.kind == BI_ENCODER:
+        longest = checkpoint.json("sentence_bert_config.json").get("max_seq_length", positions)
+        if type(longest) is not int or longest < 3:
+            raise ConvertError(f"{checkpoint.directory}/sentence_bert_config.json: max_seq_length is {longest!r}")
+        return min(longest, positions)
+    return positions
+
+
+def check_pooling(checkpoint: Checkpoint) -> None:
+    """A bi-encoder is served with mean pooling and nothing else."""
+    pooling = checkpoint.json("1_Pooling/config.json")
+    wanted = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
+    if wanted != ["pooling_mode_mean_tokens"] and pooling.get("pooling_mode") != "mean":
+        raise CannotStartError(
+            f"{checkpoint.directory}/1_Pooling/config.json: a BertModel is converted as a bi-encoder with mean "
+            f"pooling, but this says {wanted or 'nothing'}"
+        )
+
+
+class ReferencePairs:
+    """Token ids of pairs as FlagEmbedding 1.4.2 (cross-encoders, yes-logit) and sentence-transformers build them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, longest: int
+    ) -> None:
+        """longest: tokens that the model takes. Raises ConvertError when the tokenizer cannot be opened."""
+        self._kind, self._special, self._longest = architecture.kind, vocabulary.special, longest
+        self._separators = 2 if architecture.tokenizer == "t5" else 1
+        self.encode = _open_tokenizer(checkpoint, architecture)
+
+    def ids(self, query: str, passage: str, max_length: int = MAX_LENGTH_TOKENS) -> list[int]:
+        """The ids of a pair; of the passage alone for a bi-encoder."""
+        limit = min(max_length, self._longest)
+        if self._kind == YES_LOGIT:
+            return self._prompt_ids(query, passage, limit)
+        first = self._special.get("cls", self._special["bos"])
+        last = self._special.get("seperator", first)
+        if self._kind == BI_ENCODER:
+            return [first, *self.encode(passage)[: limit - 2], last]
+        head = [first, *self.encode(query)[: limit * 3 // 4], *[last] * self._separators]
+        return [*head, *self.encode(passage)[: max(0, limit - len(head) - 1)], last]
+
+    def _prompt_ids(self, query: str, passage: str, limit: int) -> list[int]:
+        """prepare_for_model(..., truncation="only_second", max_length + len(separator) + len(prompt)), then the end."""
+        separator, prompt = self.encode(SEPARATOR), self.encode(PROMPT)
+        head = [self._special["bos"], *self.encode(QUERY_PREFIX + query)[: limit * 3 // 4]]
+        body = [*separator, *self.encode(PASSAGE_PREFIX + passage)[:limit]]
+        room = limit + len(separator) + len(prompt) - len(head)
+        return [*head, *body[: max(len(separator), room)], *separator, *prompt]
+
+
+def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encode:
+    """text -> ids without specials: tokenizer.json as the reference reads it, else the file that it is made from."""
+    directory = checkpoint.directory
+    try:
+        if (directory / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+        if architecture.tokenizer == "bert":
+            return _open_vocab_txt(checkpoint)
+        return _open_sentencepiece(checkpoint, architecture)
+    except ConvertError:
+        raise
+    except Exception as exc:  # tokenizers raises bare Exception for a file that it cannot read
+        raise ConvertError(f"{directory}: its tokenizer cannot be opened ({str(exc)[:150]})") from exc
+
+
+def _open_vocab_txt(checkpoint: Checkpoint) -> Encode:
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    lowercase, strip_accents = bert_normalization(checkpoint)
+    path = str(checkpoint.directory / "vocab.txt")
+    tokenizer = BertWordPieceTokenizer(path, lowercase=lowercase, strip_accents=strip_accents)
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _open_sentencepiece(checkpoint: Checkpoint, architecture: Architecture) -> Encode:
+    from sentencepiece import SentencePieceProcessor
+
+    if architecture.tokenizer == "llama":
+        model = read_sentencepiece(checkpoint.directory / "tokenizer.model")
+        processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+        return lambda text: list(processor.encode(text))
+    model = read_sentencepiece(checkpoint.directory / "sentencepiece.bpe.model")
+    processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+    # fairseq's ids are SentencePiece's plus one; its <unk> (0) is 3
+    return lambda text: [token + 1 if token else 3 for token in processor.encode(text)]
+
+
+def transformers_logits(
+    checkpoint: Checkpoint, architecture: Architecture, pairs: ReferencePairs, samples: Sequence[tuple[str, str]]
+) -> list[float]:
+    """The logits by transformers in float32, one pair at a time. Raises CannotStartError without torch."""
+    try:
+        import torch
+        import transformers
+    except ImportError as exc:
+        raise CannotStartError("--reference needs torch and transformers: pip install '.[reference]'") from exc
+    classes = {YES_LOGIT: "AutoModelForCausalLM", BI_ENCODER: "AutoModel"}
+    loader = getattr(transformers, classes.get(architecture.kind, "AutoModelForSequenceClassification"))
+    model = loader.from_pretrained(str(checkpoint.directory), dtype=torch.float32).eval()
+    score = {YES_LOGIT: _yes_logit, BI_ENCODER: _cosine_logit}.get(architecture.kind, _head_logit)
+    with torch.no_grad():
+        return [score(torch, model, pairs, query, passage) for query, passage in samples]
+
+
+def _head_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:
+    ids = pairs.ids(query, passage)
+    types = [0] * len(ids)
+    if model.config.type_vocab_size > 1:
+        start = len(pairs.ids(query, "")) - 1
+        types = [int(index >= start) for index in range(len(ids))]
+    output = model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+    return float(output.logits[0, 0])
+
+
+def _yes_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:
+    output = model(input_ids=torch.tensor([pairs.ids(query, passage)]))
+    return float(output.logits[0, -1, pairs.encode("Yes")[0]])
+
+
+def _cosine_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:
+    vectors = [model(input_ids=torch.tensor([pairs.ids("", text)])).last_hidden_state[0].mean(0) for text in (query, passage)]
+    return MINI_COSINE_SCALE * float(torch.cosine_similarity(*vectors, dim=0)) + MINI_COSINE_BIAS

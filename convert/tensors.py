@@ -1,0 +1,257 @@
+"""Which tensor of the checkpoint becomes which of llama.cpp's, and what is edited on the way.
+
+Strict: a tensor that is missing, that nothing maps, or whose shape contradicts config.json is an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .checkpoint import READABLE, Checkpoint, Config, FloatArray
+from .errors import CannotStartError, ConvertError
+from .models import ARCHITECTURES, Architecture
+
+MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
+# Exact or tanh-approximated GELU: llama.cpp has one kernel for both, and the reference's choice differs by 1e-3 at most.
+GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_python")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the output. shape: rows first, after the edits."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    half: bool = False  # float16 in an F16 file; the rest stays float32, as llama.cpp's own files have it
+    first_row: int = 0  # rows before it are dropped
+    add: float = 0.0
+
+    def edit(self, block: FloatArray) -> FloatArray:
+        return block + np.float32(self.add) if self.add else block
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """expected: what the output needs. ignored: patterns of checkpoint tensors that inference does not use."""
+
+    expected: list[Tensor]
+    ignored: tuple[str, ...] = ()
+
+
+def find_architecture(checkpoint: Checkpoint) -> Architecture:
+    """Raises CannotStartError naming the architecture and what is supported."""
+    name = checkpoint.config.architecture
+    if name not in ARCHITECTURES:
+        raise CannotStartError(
+            f"{checkpoint.config.path}: architecture {name} is not supported, only {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def plan(checkpoint: Checkpoint, architecture: Architecture) -> list[Tensor]:
+    """The output's tensors, in the order in which they are written. Raises ConvertError naming a tensor or field."""
+    names = _modern_names(checkpoint)
+    mapping = _MAPPINGS[architecture.name](checkpoint.config, names)
+    found = [_match(checkpoint, names, tensor) for tensor in mapping.expected]
+    used = {tensor.source for tensor in found}
+    for name, stored in names.items():
+        if stored not in used and not any(re.fullmatch(pattern, name) for pattern in mapping.ignored):
+            raise ConvertError(f"{checkpoint.tensors[stored].file}: tensor {stored} is not part of {architecture.name}")
+    if architecture.gguf == "gemma":
+        _check_tied(checkpoint, names)
+    return found
+
+
+def _modern_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Today's name -> the stored one. BERT's first checkpoints call LayerNorm's weight and bias gamma and beta."""
+    names: dict[str, str] = {}
+    for stored in checkpoint.tensors:
+        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", stored))
+        if name in names:
+            raise ConvertError(f"{checkpoint.directory}: tensors {names[name]} and {stored} are the same one")
+        names[name] = stored
+    return names
+
+
+def _match(checkpoint: Checkpoint, names: dict[str, str], tensor: Tensor) -> Tensor:
+    stored = names.get(tensor.source)
+    if stored is None:
+        raise ConvertError(f"{checkpoint.directory}: tensor {tensor.source} is missing")
+    info = checkpoint.tensors[stored]
+    expected = (tensor.shape[0] + tensor.first_row, *tensor.shape[1:])
+    if info.shape != expected:
+        raise ConvertError(
+            f"{info.file}: tensor {stored} has shape {list(info.shape)}, but config.json asks for {list(expected)}"
+        )
+    if info.dtype not in READABLE:
+        raise ConvertError(f"{info.file}: tensor {stored} is {info.dtype}, expected one of {', '.join(READABLE)}")
+    return Tensor(tensor.name, stored, tensor.shape, tensor.half, tensor.first_row, tensor.add)
+
+
+# -- BERT and XLM-RoBERTa -----------------------------------------------------------------------------------------------
+
+_LAYER = {  # llama.cpp's name -> the checkpoint's, under encoder.layer.N.
+    "attn_q": "attention.self.query",
+    "attn_k": "attention.self.key",
+    "attn_v": "attention.self.value",
+    "attn_output": "attention.output.dense",
+    "attn_output_norm": "attention.output.LayerNorm",
+    "ffn_up": "intermediate.dense",
+    "ffn_down": "output.dense",
+    "layer_output_norm": "output.LayerNorm",
+}
+
+
+def _map_xlm_roberta(config: Config, names: dict[str, str]) -> Mapping:
+    offset = position_offset(config)
+    expected = [*_encoder(config, "roberta.", offset)]
+    expected += _head(config, "classifier.dense", "classifier.out_proj")
+    return Mapping(expected, (r"roberta\.embeddings\.position_ids",))
+
+
+def _map_bert_classifier(config: Config, names: dict[str, str]) -> Mapping:
+    expected = [*_encoder(config, "bert.", 0)]
+    expected += _head(config, "bert.pooler.dense", "classifier")
+    return Mapping(expected, (r"bert\.embeddings\.position_ids",))
+
+
+def _map_bert(config: Config, names: dict[str, str]) -> Mapping:
+    """Mean pooling uses the last layer alone, so BertModel's pooler is left out."""
+    prefix = "bert." if any(name.startswith("bert.") for name in names) else ""
+    ignored = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\.dense\.(weight|bias)")
+    return Mapping([*_encoder(config, prefix, 0)], ignored)
+
+
+def position_offset(config: Config) -> int:
+    """XLM-R numbers positions from pad_token_id + 1 (fairseq), llama.cpp from 0: the rows before that are cut off."""
+    return config.integer("pad_token_id", 1, low=0) + 1
+
+
+def _encoder(config: Config, prefix: str, offset: int) -> Iterator[Tensor]:
+    _check_encoder(config)
+    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+    embeddings = f"{prefix}embeddings."
+    positions = config.integer("max_position_embeddings") - offset
+    if positions < 1:
+        raise ConvertError(f"{config.path}: max_position_embeddings leaves no position after pad_token_id")
+    types = config.integer("type_vocab_size", 2)
+    vocabulary = (config.integer("vocab_size"), hidden)
+    yield Tensor("token_embd.weight", f"{embeddings}word_embeddings.weight", vocabulary, half=True)
+    yield Tensor("token_types.weight", f"{embeddings}token_type_embeddings.weight", (types, hidden))
+    yield Tensor(
+        "position_embd.weight", f"{embeddings}position_embeddings.weight", (positions, hidden), first_row=offset
+    )
+    yield from _with_bias("token_embd_norm", f"{embeddings}LayerNorm", (hidden,))
+    shapes = {"ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+    for layer in range(config.integer("num_hidden_layers", high=MAX_LAYERS)):
+        for name, source in _LAYER.items():
+            shape = (hidden,) if name.endswith("norm") else shapes.get(name, (hidden, hidden))
+            yield from _with_bias(f"blk.{layer}.{name}", f"{prefix}encoder.layer.{layer}.{source}", shape)
+
+
+def _check_encoder(config: Config) -> None:
+    config.expect("hidden_act", *GELU)
+    config.expect("position_embedding_type", "absolute")
+    config.expect("is_decoder", False)
+    config.expect("add_cross_attention", False)
+    _check_heads(config)
+
+
+def _check_heads(config: Config) -> None:
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if "head_dim" not in config.values and hidden % heads:
+        raise ConvertError(f"{config.path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+
+
+def _head(config: Config, dense: str, output: str) -> Iterator[Tensor]:
+    """One label: a relevance logit. llama.cpp's RANK pooling is cls (dense, tanh), then cls.output."""
+    labels = config.values.get("id2label", {"0": ""})
+    if not isinstance(labels, dict) or len(labels) != 1 or config.values.get("num_labels", 1) != 1:
+        raise ConvertError(f"{config.path}: id2label has {len(labels)} labels; a reranker has one, its relevance logit")
+    hidden = config.integer("hidden_size")
+    yield from _with_bias("cls", dense, (hidden, hidden))
+    for tensor in _with_bias("cls.output", output, (1, hidden)):
+        yield Tensor(tensor.name, tensor.source, tensor.shape)  # a single row: float32 costs nothing
+
+
+def _with_bias(name: str, source: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", f"{source}.weight", shape, half=len(shape) > 1)
+    yield Tensor(f"{name}.bias", f"{source}.bias", shape[:1])
+
+
+# -- Gemma --------------------------------------------------------------------------------------------------------------
+
+
+def _map_gemma(config: Config, names: dict[str, str]) -> Mapping:
+    expected = [*_decoder(config)]
+    return Mapping(expected, (r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"))
+
+
+def _decoder(config: Config) -> Iterator[Tensor]:
+    _check_decoder(config)
+    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+    heads = config.integer("num_attention_heads")
+    queries = heads * head_dimension(config)
+    keys = config.integer("num_key_value_heads", heads) * head_dimension(config)
+    vocabulary = (config.integer("vocab_size"), hidden)
+    yield Tensor("token_embd.weight", "model.embed_tokens.weight", vocabulary, half=True)
+    matrices = {
+        "attn_q": ("self_attn.q_proj", (queries, hidden)),
+        "attn_k": ("self_attn.k_proj", (keys, hidden)),
+        "attn_v": ("self_attn.v_proj", (keys, hidden)),
+        "attn_output": ("self_attn.o_proj", (hidden, queries)),
+        "ffn_gate": ("mlp.gate_proj", (inner, hidden)),
+        "ffn_up": ("mlp.up_proj", (inner, hidden)),
+        "ffn_down": ("mlp.down_proj", (hidden, inner)),
+    }
+    for layer in range(config.integer("num_hidden_layers", high=MAX_LAYERS)):
+        source = f"model.layers.{layer}"
+        yield _gemma_norm(f"blk.{layer}.attn_norm", f"{source}.input_layernorm", hidden)
+        yield _gemma_norm(f"blk.{layer}.ffn_norm", f"{source}.post_attention_layernorm", hidden)
+        for name, (module, shape) in matrices.items():
+            yield Tensor(f"blk.{layer}.{name}.weight", f"{source}.{module}.weight", shape, half=True)
+    yield _gemma_norm("output_norm", "model.norm", hidden)
+
+
+def _gemma_norm(name: str, source: str, hidden: int) -> Tensor:
+    """Stored as w and applied as 1 + w (transformers, GemmaRMSNorm); llama.cpp multiplies by what it is given."""
+    return Tensor(f"{name}.weight", f"{source}.weight", (hidden,), add=1.0)
+
+
+def _check_decoder(config: Config) -> None:
+    config.expect("hidden_act", "gelu_pytorch_tanh", *GELU)
+    config.expect("hidden_activation", None, *GELU)
+    config.expect("attention_bias", False)
+    config.expect("rope_scaling", None)
+    _check_heads(config)
+
+
+def head_dimension(config: Config) -> int:
+    return config.integer("head_dim", config.integer("hidden_size") // config.integer("num_attention_heads"))
+
+
+def _check_tied(checkpoint: Checkpoint, names: dict[str, str]) -> None:
+    """llama.cpp's gemma multiplies by the embedding table; an lm_head that is another matrix cannot be expressed."""
+    head = names.get("lm_head.weight")
+    if head is None:
+        return
+    table = names["model.embed_tokens.weight"]
+    if checkpoint.tensors[head].shape != checkpoint.tensors[table].shape or any(
+        not np.array_equal(left, right)
+        for left, right in zip(checkpoint.blocks(head), checkpoint.blocks(table), strict=True)
+    ):
+        raise ConvertError(f"{checkpoint.tensors[head].file}: tensor {head} is not tied to {table}: not a Gemma 1")
+
+
+_MAPPINGS: dict[str, Callable[[Config, dict[str, str]], Mapping]] = {
+    "XLMRobertaForSequenceClassification": _map_xlm_roberta,
+    "BertForSequenceClassification": _map_bert_classifier,
+    "GemmaForCausalLM": _map_gemma,
+    "BertModel": _map_bert,
+}
+

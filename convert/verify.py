@@ -1,0 +1,321 @@
+"""python -m convert.verify FILE.gguf [--against CHECKPOINT] [--reference]: is this file right, and how far from exact?
+
+Reopens the file, checks its structure and values, has rerank_server.py --check score the built-in pairs (the very code
+that serves them, in its own process), and compares token ids with the reference tokenizer's and logits with the F16
+file's. `python -m convert` does the same before a file gets its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import CannotStartError, ConvertError
+from .gguf_file import GgufFile
+from .models import ROOT, Architecture
+from .quantize import QUANTIZATIONS
+from .reference import ReferencePairs, transformers_logits
+from .samples import SAMPLES, Sample
+from .tensors import Tensor, find_architecture, plan
+from .vocab import read_vocabulary
+from .write import model_metadata, write_file
+
+SERVER = ROOT / "rerank_server.py"
+# Below this mean difference of logits a file passes whatever its drift: a score changes by less than 0.005 (a quarter
+# of it, the sigmoid's steepest slope). It matters where all logits are nearly equal, as with random weights.
+NEGLIGIBLE_DIFFERENCE = 0.02
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the server's check made of the sample pairs. seconds: of scoring alone."""
+
+    ids: list[list[int]]
+    logits: list[float]
+    n_tokens: int
+    seconds: float
+    rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences of logits from the F16 file's, over the sample pairs.
+
+    drift: mean difference divided by the standard deviation of the F16 logits, so that it means the same for every
+    model; limit: what it may be for this quantisation.
+    """
+
+    max_difference: float
+    mean_difference: float
+    drift: float
+    limit: float
+    kendall_tau: float
+
+    @property
+    def passed(self) -> bool:
+        return self.drift <= self.limit or self.mean_difference <= NEGLIGIBLE_DIFFERENCE
+
+
+@dataclass(frozen=True)
+class Report:
+    """One file's line of the table. n_equal: sample pairs whose token ids are the reference's (None: not compared)."""
+
+    name: str
+    quantization: str
+    file_bytes: int
+    scored: Scored
+    n_equal: int | None
+    comparison: Comparison | None
+
+    @property
+    def problem(self) -> str:
+        """Why the file must not be used; "" when it is good."""
+        n_pairs = len(self.scored.logits)
+        if self.n_equal is not None and self.n_equal < n_pairs:
+            return f"{n_pairs - self.n_equal} of {n_pairs} pairs have other token ids than the reference"
+        if self.comparison and not self.comparison.passed:
+            return f"drift {self.comparison.drift:.3f} is over the limit of {self.comparison.limit} for {self.quantization}"
+        return ""
+
+    def verification(self) -> dict[str, Any]:
+        """For rerank.verification: what does not change from run to run, so that files stay byte-identical."""
+        result: dict[str, Any] = {"pairs": len(self.scored.logits), "token_ids_equal": self.n_equal}
+        if self.comparison:
+            values = vars(self.comparison).items()
+            result |= {"against": "F16", **{key: round(value, 4) for key, value in values}}
+        return result
+
+
+def score_samples(path: Path, samples: Sequence[Sample] = SAMPLES) -> Scored:
+    """Scores with `rerank_server.py --check`. Raises ConvertError with its one line when it refuses the file."""
+    if not SERVER.is_file():
+        raise CannotStartError(f"{SERVER} is missing: files are verified by the server's own code")
+    lines = "".join(json.dumps({"query": sample.query, "passage": sample.passage}) + "\n" for sample in samples)
+    # a RERANK_ variable of the user's own server must not change what is measured here
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANK_")}
+    command = [sys.executable, str(SERVER), "--check", str(path), "--pairs", "-"]
+    done = subprocess.run(command, input=lines.encode(), capture_output=True, env=environment, check=False)
+    if done.returncode:
+        reason = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
+        raise ConvertError(f"{path.name}: the server refuses it: {reason or f'ended with {done.returncode}'}")
+    return _parse_scores(path, done.stdout.decode(), len(samples))
+
+
+def _parse_scores(path: Path, output: str, n_pairs: int) -> Scored:
+    *pairs, last = [json.loads(line) for line in output.splitlines()]
+    logits = [float(pair["logit"]) for pair in pairs]
+    if len(logits) != n_pairs or not all(map(math.isfinite, logits)):
+        raise ConvertError(f"{path.name}: the server gave {len(logits)} logits for {n_pairs} pairs, or one is not finite")
+    summary = last["summary"]
+    ids = [list(pair["ids"]) for pair in pairs]
+    return Scored(ids, logits, summary["n_tokens"], summary["seconds"], summary["rss_bytes"])
+
+
+def compare(logits: Sequence[float], reference: Sequence[float], limit: float) -> Comparison:
+    """logits, reference: of the same pairs in the same order."""
+    differences = [abs(left - right) for left, right in zip(logits, reference, strict=True)]
+    mean = statistics.fmean(differences)
+    spread = statistics.pstdev(reference)
+    drift = mean / spread if spread else (math.inf if mean else 0.0)
+    return Comparison(max(differences), mean, drift, limit, kendall_tau(logits, reference))
+
+
+def kendall_tau(left: Sequence[float], right: Sequence[float]) -> float:
+    """Kendall's tau-b: 1 for the same order, -1 for the reverse; 1 too when both are all ties."""
+    concordant, left_ties, right_ties, n_pairs = 0, 0, 0, 0
+    for (a, b), (c, d) in itertools.combinations(zip(left, right, strict=True), 2):
+        concordant += _sign(a - c) * _sign(b - d)
+        left_ties, right_ties, n_pairs = left_ties + (a == c), right_ties + (b == d), n_pairs + 1
+    scale = math.sqrt((n_pairs - left_ties) * (n_pairs - right_ties))
+    return concordant / scale if scale else float(left_ties == right_ties)
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def check_structure(path: Path, tensors: Sequence[Tensor] = ()) -> GgufFile:
+    """Reopens a file. Raises ConvertError: damaged, a tensor missing or of another shape, NaN, no rerank.* keys."""
+    file = GgufFile.open(path)
+    for key in ("general.architecture", "rerank.kind", "rerank.quantization", "rerank.check_ids"):
+        if not file.metadata.get(key):
+            raise ConvertError(f"{path.name}: its metadata has no {key}; make it with: python -m convert")
+    for tensor in tensors:
+        stored = file.tensors.get(tensor.name)
+        if stored is None or _squeezed(stored.shape) != _squeezed(tensor.shape):
+            raise ConvertError(f"{path.name}: tensor {tensor.name} is missing or has another shape")
+    if tensors and len(file.tensors) != len(tensors):
+        raise ConvertError(f"{path.name}: {len(file.tensors)} tensors in it, expected {len(tensors)}")
+    file.check_values()
+    return file
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """llama.cpp writes a matrix of one row as a vector."""
+    return shape[1:] if len(shape) == 2 and shape[0] == 1 else shape
+
+
+def examine(path: Path, name: str, file: GgufFile, expected_ids: Sequence[Sequence[int]] | None,
+            reference: Sequence[float] | None, scored: Scored | None = None) -> Report:  # fmt: skip
+    """Scores a file and compares. expected_ids: the reference's; reference: the F16 file's logits; None: unknown."""
+    scored = scored or score_samples(path)
+    quantization = str(file.metadata["rerank.quantization"])
+    limit = QUANTIZATIONS[quantization].drift_limit if quantization in QUANTIZATIONS else math.inf
+    equal = None
+    if expected_ids is not None:
+        equal = sum(list(made) == list(expected) for made, expected in zip(scored.ids, expected_ids, strict=True))
+    comparison = compare(scored.logits, reference, limit) if reference is not None else None
+    return Report(name, quantization, path.stat().st_size, scored, equal, comparison)
+
+
+def expected_ids(pairs: ReferencePairs, samples: Sequence[Sample] = SAMPLES) -> list[list[int]]:
+    """The reference's ids of the sample pairs; 1,024 is the length at which the server cuts unless told otherwise."""
+    return [pairs.ids(sample.query, sample.passage, 1024) for sample in samples]
+
+
+# -- tables -------------------------------------------------------------------------------------------------------------
+
+
+def summary_table(reports: Iterable[Report]) -> str:
+    """Markdown: one line a file."""
+    header = ("file", "quantisation", "MB", "token ids equal", "max diff", "mean diff", "drift (limit)", "Kendall tau",
+              "tokens/s", "resident MB", "result")  # fmt: skip
+    return _markdown(header, [_summary_row(report) for report in reports])
+
+
+def _summary_row(report: Report) -> tuple[str, ...]:
+    scored, comparison = report.scored, report.comparison
+    numbers: tuple[str, ...] = ("-",) * 4
+    if comparison:
+        numbers = (f"{comparison.max_difference:.4f}", f"{comparison.mean_difference:.4f}",
+                   f"{comparison.drift:.4f} ({comparison.limit})", f"{comparison.kendall_tau:.4f}")  # fmt: skip
+    equal = "-" if report.n_equal is None else f"{report.n_equal}/{len(scored.logits)}"
+    return (report.name, report.quantization, f"{report.file_bytes / 1e6:,.1f}", equal, *numbers,
+            f"{scored.n_tokens / max(scored.seconds, 1e-9):,.0f}", f"{scored.rss_bytes / 1e6:,.0f}",
+            report.problem or "good")  # fmt: skip
+
+
+def logit_table(columns: dict[str, Sequence[float]], samples: Sequence[Sample] = SAMPLES) -> str:
+    """Markdown: one line a pair, one column for each list of logits."""
+    rows = [
+        (sample.language, "yes" if sample.relevant else "no", sample.query, *(f"{column[index]:.4f}" for column in columns.values()))
+        for index, sample in enumerate(samples)
+    ]
+    return _markdown(("language", "relevant", "query", *columns), rows)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# -- command ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Against:
+    """An opened checkpoint to compare with."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    pairs: ReferencePairs
+    tensors: list[Tensor]
+    metadata: dict[str, Any]
+
+    @staticmethod
+    def open(directory: Path) -> Against:
+        checkpoint = Checkpoint.open(directory)
+        architecture = find_architecture(checkpoint)
+        tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
+        metadata = model_metadata(checkpoint, architecture, vocabulary, directory.resolve().name, "")
+        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
+        return Against(checkpoint, architecture, pairs, tensors, metadata)
+
+
+def sibling_f16(path: Path, quantization: str) -> Path | None:
+    """models/NAME-F16.gguf beside models/NAME-Q6_K.gguf, if it is there."""
+    stem = path.name.removesuffix(".gguf").removesuffix(f"-{quantization}")
+    sibling = path.with_name(f"{stem}-F16.gguf")
+    return sibling if sibling.is_file() else None
+
+
+def f16_logits(path: Path, file: GgufFile, against: Against | None) -> tuple[list[float] | None, str]:
+    """The F16 logits and where they are from: the file beside, else one made from the checkpoint and removed again."""
+    sibling = sibling_f16(path, str(file.metadata["rerank.quantization"]))
+    if sibling:
+        return score_samples(sibling).logits, sibling.name
+    if against is None:
+        return None, ""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
+        base = Path(folder) / "F16.gguf"
+        write_file(base, against.checkpoint, against.architecture, against.tensors, against.metadata, half=True)
+        return score_samples(base).logits, "F16, made from the checkpoint"
+
+
+def run(path: Path, checkpoint: Path | None, with_transformers: bool) -> int:
+    if with_transformers and not checkpoint:
+        raise CannotStartError("--reference needs --against CHECKPOINT, the directory that the file was made from")
+    against = Against.open(checkpoint) if checkpoint else None
+    file = check_structure(path, against.tensors if against else ())
+    columns: dict[str, Sequence[float]] = {}
+    if against and with_transformers:
+        texts = [(sample.query, sample.passage) for sample in SAMPLES]
+        columns["transformers, float32"] = transformers_logits(
+            against.checkpoint, against.architecture, against.pairs, texts
+        )
+    reference, origin = f16_logits(path, file, against)
+    if reference is not None:
+        columns["F16"] = reference
+    report = examine(path, path.name, file, expected_ids(against.pairs) if against else None, reference)
+    columns[report.quantization if report.quantization != "F16" else "this file"] = report.scored.logits
+    print(logit_table(columns))
+    print()
+    print(summary_table([report]))
+    _explain(file, report, origin, columns.get("transformers, float32"))
+    return 1 if report.problem else 0
+
+
+def _explain(file: GgufFile, report: Report, origin: str, exact: Sequence[float] | None) -> None:
+    print()
+    print("The server's check passed: the ids of the pair stored in the file are the reference's.")
+    if origin:
+        print(f"Differences are from {origin}.")
+    else:
+        print("No F16 file beside it: --against CHECKPOINT, or `python -m convert ... --keep-f16`, shows differences.")
+    if file.verification:
+        print(f"Recorded at conversion: {json.dumps(file.verification)}")
+    if exact is not None:
+        found = compare(report.scored.logits, exact, math.inf)
+        print(f"From transformers in float32: max {found.max_difference:.4f}, mean {found.mean_difference:.4f}, "
+              f"drift {found.drift:.4f}, Kendall tau {found.kendall_tau:.4f}.")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.verify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", type=Path, metavar="FILE.gguf")
+    parser.add_argument("--against", type=Path, metavar="CHECKPOINT", help="the checkpoint directory it was made from")
+    parser.add_argument("--reference", action="store_true", help="score with transformers too (needs torch)")
+    arguments = parser.parse_args(argv)
+    try:
+        return run(arguments.file, arguments.against, arguments.reference)
+    except ConvertError as exc:
+        print(f"convert.verify: {exc}", file=sys.stderr)
+        return exc.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

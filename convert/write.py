@@ -1,0 +1,204 @@
+"""Writes a GGUF file: metadata first, then each tensor in row blocks, so that memory does not follow the file's size.
+
+The same checkpoint gives a byte-identical file: nothing here depends on time, paths or the order of a set.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from .checkpoint import Checkpoint, FloatArray
+from .errors import ConvertError
+from .models import BI_ENCODER, CROSS_ENCODER, MINI_COSINE_BIAS, MINI_COSINE_SCALE, YES_LOGIT, Architecture
+from .progress import Progress
+from .reference import PASSAGE_PREFIX, PROMPT, QUERY_PREFIX, SEPARATOR, ReferencePairs, check_pooling, max_tokens
+from .tensors import Tensor, head_dimension, position_offset
+from .vocab import Vocabulary
+
+VERSION = 1  # of the rerank.* keys
+CHECK_QUERY = "What is the capital of France?"
+CHECK_PASSAGE = "Paris is the capital of France. Größe, 東京, مرحبا!"
+# rerank.verification is written as {} and this many bytes of blanks; verify fills them in without moving a tensor.
+VERIFICATION_BYTES = 1024
+MAX_FLOAT16 = float(np.finfo(np.float16).max)
+
+Metadata = dict[str, Any]
+
+
+def model_metadata(
+    checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, source: str, revision: str
+) -> Metadata:
+    """Everything but the quantisation. int is written as uint32, float as float32. Raises ConvertError."""
+    hyperparameters = _gemma(checkpoint) if architecture.gguf == "gemma" else _bert(checkpoint, architecture)
+    longest = max_tokens(checkpoint, architecture, hyperparameters["context_length"])
+    pairs = ReferencePairs(checkpoint, architecture, vocabulary, longest)
+    return {
+        "general.name": source,
+        **{f"{architecture.gguf}.{key}": value for key, value in hyperparameters.items()},
+        **_tokenizer(vocabulary),
+        "rerank.version": VERSION,
+        "rerank.kind": architecture.kind,
+        "rerank.source": source,
+        "rerank.revision": revision,
+        "rerank.max_tokens": longest,
+        **_kind_metadata(checkpoint, architecture, pairs),
+        "rerank.check_query": CHECK_QUERY,
+        "rerank.check_passage": CHECK_PASSAGE,
+        "rerank.check_ids": pairs.ids(CHECK_QUERY, CHECK_PASSAGE),
+    }
+
+
+def _bert(checkpoint: Checkpoint, architecture: Architecture) -> Metadata:
+    config = checkpoint.config
+    offset = position_offset(config) if architecture.tokenizer == "t5" else 0
+    rank = architecture.kind == CROSS_ENCODER
+    return {
+        "context_length": config.integer("max_position_embeddings") - offset,
+        "embedding_length": config.integer("hidden_size"),
+        "feed_forward_length": config.integer("intermediate_size"),
+        "block_count": config.integer("num_hidden_layers"),
+        "attention.head_count": config.integer("num_attention_heads"),
+        "attention.layer_norm_epsilon": config.number("layer_norm_eps", 1e-12),
+        "attention.causal": False,
+        "pooling_type": int(gguf.PoolingType.RANK if rank else gguf.PoolingType.MEAN),
+    }
+
+
+def _gemma(checkpoint: Checkpoint) -> Metadata:
+    config = checkpoint.config
+    heads = config.integer("num_attention_heads")
+    rope = config.values.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+        raise ConvertError(f"{config.path}: rope_parameters.rope_type is {rope['rope_type']!r}, expected 'default'")
+    return {
+        "context_length": config.integer("max_position_embeddings", 8192),
+        "embedding_length": config.integer("hidden_size"),
+        "feed_forward_length": config.integer("intermediate_size"),
+        "block_count": config.integer("num_hidden_layers"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.integer("num_key_value_heads", heads),
+        "attention.key_length": head_dimension(config),
+        "attention.value_length": head_dimension(config),
+        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
+        "rope.freq_base": float(theta) if isinstance(theta, int | float) else config.number("rope_theta", 10000.0),
+    }
+
+
+def _tokenizer(vocabulary: Vocabulary) -> Metadata:
+    values: Metadata = {"model": vocabulary.model, "pre": "default", "tokens": vocabulary.tokens}
+    if vocabulary.scores:
+        values["scores"] = vocabulary.scores
+    values["token_type"] = vocabulary.types
+    values |= {f"{name}_token_id": token_id for name, token_id in vocabulary.special.items()} | vocabulary.options
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+
+
+def _kind_metadata(checkpoint: Checkpoint, architecture: Architecture, pairs: ReferencePairs) -> Metadata:
+    if architecture.kind == YES_LOGIT:
+        yes = pairs.encode("Yes")
+        if not yes:
+            raise ConvertError(f"{checkpoint.directory}: its tokenizer makes nothing of 'Yes'")
+        return {
+            "rerank.query_prefix": QUERY_PREFIX, "rerank.passage_prefix": PASSAGE_PREFIX,
+            "rerank.separator": SEPARATOR, "rerank.prompt": PROMPT, "rerank.yes_token_id": yes[0],
+        }  # fmt: skip
+    if architecture.kind == BI_ENCODER:
+        check_pooling(checkpoint)
+        return {"rerank.cosine_scale": MINI_COSINE_SCALE, "rerank.cosine_bias": MINI_COSINE_BIAS}
+    # Two types mean that the passage has type 1 (BERT); llama.cpp gives all tokens type 0, so the server must know.
+    return {"rerank.token_types": min(2, checkpoint.config.integer("type_vocab_size", 2))}
+
+
+def file_bytes(tensors: list[Tensor], half: bool) -> int:
+    """Bytes of tensor data in an F16 (half) or F32 file."""
+    return sum(gguf.GGUFWriter.ggml_pad(_n_bytes(tensor, half), gguf.GGUF_DEFAULT_ALIGNMENT) for tensor in tensors)
+
+
+def _n_bytes(tensor: Tensor, half: bool) -> int:
+    return math.prod(tensor.shape) * _dtype(tensor, half).itemsize
+
+
+def _dtype(tensor: Tensor, half: bool) -> np.dtype[Any]:
+    return np.dtype("<f2" if half and tensor.half else "<f4")
+
+
+def write_file(
+    path: Path, checkpoint: Checkpoint, architecture: Architecture, tensors: list[Tensor], metadata: Metadata, half: bool
+) -> None:
+    """Writes an F16 (half) or F32 file. Raises ConvertError: a NaN, a value beyond float16, a full disk."""
+    try:
+        _write_header(path, architecture, tensors, metadata, half)
+        with path.open("ab") as file, Progress(f"writing {'F16' if half else 'F32'}", file_bytes(tensors, half)) as done:
+            _pad(file)
+            for tensor in tensors:
+                for block in _converted(checkpoint, tensor, half):
+                    file.write(block.data)
+                    done(block.nbytes)
+                _pad(file)
+    except OSError as exc:
+        raise disk_error(path, exc) from exc
+
+
+def _write_header(
+    path: Path, architecture: Architecture, tensors: list[Tensor], metadata: Metadata, half: bool
+) -> None:
+    writer = gguf.GGUFWriter(path, architecture.gguf)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    file_type = gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32
+    writer.add_file_type(int(file_type))
+    writer.add_string("rerank.quantization", "F16" if half else "F32")
+    writer.add_string("rerank.verification", "{}".ljust(VERIFICATION_BYTES))
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, _dtype(tensor, half), _n_bytes(tensor, half))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value:  # an empty array cannot be written, and says nothing
+        writer.add_array(key, value)
+
+
+def _converted(checkpoint: Checkpoint, tensor: Tensor, half: bool) -> Iterator[npt.NDArray[Any]]:
+    for block in checkpoint.blocks(tensor.source, tensor.first_row):
+        edited = tensor.edit(block)
+        _check_values(checkpoint, tensor, edited, half)
+        yield np.ascontiguousarray(edited, dtype=_dtype(tensor, half))
+
+
+def _check_values(checkpoint: Checkpoint, tensor: Tensor, block: FloatArray, half: bool) -> None:
+    largest = float(np.abs(block).max(initial=0.0))  # NaN when one is in it
+    if not math.isfinite(largest):
+        raise ConvertError(f"{checkpoint.tensors[tensor.source].file}: tensor {tensor.source} holds NaN or infinity")
+    if half and tensor.half and largest > MAX_FLOAT16:
+        raise ConvertError(f"tensor {tensor.source} holds {largest:g}, which float16 cannot: it cannot be converted")
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def disk_error(path: Path, exc: OSError) -> ConvertError:
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ConvertError(f"{path.parent}: the disk is full; free some space, or choose another --out")
+    return ConvertError(f"{path}: cannot be written ({exc.strerror or exc})")

@@ -1,0 +1,82 @@
+"""Fixtures that several test files share: tiny checkpoints, their GGUF files and the engines that score with them.
+
+Each checkpoint is made and converted once for the whole run, through the command line that a user types.
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoints  # noqa: E402
+
+import rerank_server  # noqa: E402
+
+ARCHITECTURES = ("xlmr", "bert", "bi", "gemma")
+CONVERT_TIMEOUT_S = 120
+
+Gguf = Callable[..., Path]
+EngineOf = Callable[[str], rerank_server.LlamaEngine]
+
+
+def convert(checkpoint: Path, out: Path, *quantizations: str) -> list[Path]:
+    """`python -m convert` on a checkpoint directory; returns the files it wrote, by name."""
+    command = [sys.executable, "-m", "convert", str(checkpoint), "--out", str(out), "--quant", *quantizations]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=CONVERT_TIMEOUT_S)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return sorted(out.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name of ARCHITECTURES -> directory of its tiny checkpoint."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = getattr(checkpoints, f"make_{name}")(tmp_path_factory.mktemp("checkpoints") / f"tiny-{name}")
+        return made[name]
+    return make
+
+
+@pytest.fixture(scope="session")
+def gguf_of(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Gguf:
+    """(name of ARCHITECTURES, quantisation = "F32") -> its converted file."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, quantization: str = "F32") -> Path:
+        key = (name, quantization)
+        if key not in made:
+            (made[key],) = convert(checkpoint_of(name), tmp_path_factory.mktemp("gguf"), quantization)
+        return made[key]
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine_of(gguf_of: Gguf) -> Iterator[EngineOf]:
+    """name of ARCHITECTURES -> an engine on its F32 file that takes pairs as long as the model does."""
+    engines: dict[str, rerank_server.LlamaEngine] = {}
+
+    def load(name: str) -> rerank_server.LlamaEngine:
+        if name not in engines:
+            settings = rerank_server.Settings(max_length=rerank_server.MAX_MAX_LENGTH_TOKENS)
+            engines[name] = rerank_server.load_engine(gguf_of(name), settings)
+        return engines[name]
+    yield load
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """The reference's answers for each of ARCHITECTURES, made by tests/golden/make_golden.py."""
+    folder = Path(__file__).resolve().parent / "golden"
+    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ARCHITECTURES}

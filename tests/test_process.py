@@ -1,0 +1,233 @@
+"""The server as a process: what it prints at start, which files it takes, how it stops, what it refuses to start with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Gguf
+
+import rerank_server
+
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 40
+
+
+class ServerProcess:
+    """`python rerank_server.py --port 0 ARGUMENTS`, waited for until it listens. `report` is what it printed."""
+
+    def __init__(self, *arguments: str | Path, **environment: str) -> None:
+        command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", "0", *map(str, arguments)]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        assert self._process.stdout is not None
+        lines: list[str] = []
+        for line in self._process.stdout:
+            lines.append(line)
+            if "curl " in line:
+                break
+        self.report = "".join(lines)
+        found = re.search(r"listening on (\S+)", self.report)
+        assert found, f"{self.report}\n{self._process.communicate(timeout=10)}"
+        self.url = found.group(1)
+
+    def rerank(self, **body: Any) -> tuple[int, Any, dict[str, str]]:
+        request = urllib.request.Request(f"{self.url}/rerank", json.dumps(body).encode())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error), dict(error.headers)
+
+    def health(self) -> Any:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
+            return json.load(answer)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self._process.send_signal(number)
+        _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)
+        return self._process.returncode
+
+
+def run(*arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "rerank_server.py"), *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=START_TIMEOUT_S,
+                          env={**os.environ, **environment})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(gguf_of: Gguf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder as a user has it: m3 and gemma (tiny ones) under their usual names."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copy(gguf_of("xlmr"), folder / "bge-reranker-v2-m3-F32.gguf")
+    shutil.copy(gguf_of("gemma"), folder / "bge-reranker-v2-gemma-F32.gguf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process(models: Path) -> Iterator[ServerProcess]:
+    started = ServerProcess("--models", models, "--threads", "2")
+    yield started
+    assert started.stop() == 0
+
+
+def test_the_report_says_which_file_serves_which_role(process: ServerProcess) -> None:
+    for words in ("bge-reranker-v2-m3-F32.gguf", "cross-encoder", "F32", "bge-reranker-v2-gemma-F32.gguf", "2 threads",
+                  "1024 tokens", "loaded on first use", f"curl -s {process.url}/rerank"):  # fmt: skip
+        assert words in process.report
+
+
+def test_the_line_that_the_report_offers_works_as_it_stands(process: ServerProcess) -> None:
+    line = process.report[process.report.index("curl ") :].strip()
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    scores = json.loads(subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60).stdout)
+    assert len(scores) == 2
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_thirty_passages_score_as_thirty_single_ones(process: ServerProcess) -> None:
+    passages = [f"passage number {index} " * (1 + index % 9) for index in range(30)]
+    for use_llm in (False, True):
+        together = process.rerank(query="which number?", passages=passages, use_llm=use_llm)[1]
+        single = [process.rerank(query="which number?", passages=[text], use_llm=use_llm)[1][0] for text in passages]
+        assert together == pytest.approx(single, abs=2e-3), use_llm  # batch invariance: see tests/test_parity.py
+        assert len(set(together)) > 5, "scores that hardly differ would hide a mix-up"
+
+
+def test_use_llm_is_served_by_the_gemma_file_and_loads_it_on_demand(models: Path) -> None:
+    server = ServerProcess("--models", models)
+    assert server.health()["models"]["gemma"]["loaded"] is False
+    status, scores, headers = server.rerank(query="q", passages=["a", "b"], use_llm=True)
+    assert (status, len(scores), headers["X-Rerank-Model"]) == (200, 2, "bge-reranker-v2-gemma-F32")
+    assert server.health()["models"]["gemma"]["loaded"] is True
+    assert server.rerank(query="q", passages=["a"])[2]["X-Rerank-Model"] == "bge-reranker-v2-m3-F32"
+    assert server.stop() == 0
+
+
+def test_a_pair_longer_than_max_length_is_cut_and_named(process: ServerProcess) -> None:
+    status, scores, headers = process.rerank(query="q", passages=["short", "word " * 5000], use_llm=False)
+    assert (status, len(scores), headers["X-Rerank-Truncated"]) == (200, 2, "1")
+
+
+def test_pairs_beyond_the_ubatch_do_not_abort_the_process(models: Path) -> None:
+    server = ServerProcess("--models", models, "--ubatch", "32", "--max-length", "2048")
+    for use_llm in (False, True):
+        status, scores, _ = server.rerank(query="q", passages=["word " * 3000, "", "x"] * 3, use_llm=use_llm)
+        assert (status, len(scores)) == (200, 9)
+    assert server.stop() == 0
+
+
+def test_without_an_m3_file_the_mini_model_serves_and_everything_says_so(gguf_of: Gguf, tmp_path: Path) -> None:
+    shutil.copy(gguf_of("bi"), tmp_path / "mini-F32.gguf")
+    server = ServerProcess("--models", tmp_path)
+    assert "no m3 file found" in server.report
+    assert "make convert MODEL=m3" in server.report
+    assert server.health()["models"]["m3"]["is_fallback"] is True
+    assert server.rerank(query="q", passages=["a"])[2]["X-Rerank-Model"] == "mini-F32"
+    assert server.rerank(query="q", passages=["a"], use_llm=True)[0] == 503
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_under_load_answers_what_is_in_flight(models: Path, number: int) -> None:
+    server = ServerProcess("--models", models)
+    answers: list[int] = []
+    passages = ["a rather long passage of text that takes a while " * 15] * 60
+
+    def ask() -> None:
+        status, scores, _ = server.rerank(query="q", passages=passages)
+        answers.append(status if len(scores) == 60 else -1)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    threading.Event().wait(0.5)
+    assert server.stop(number) == 0
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 4
+    assert "Traceback" not in server.log
+
+
+def test_no_model_at_all_ends_with_one_line_that_says_what_to_run(tmp_path: Path) -> None:
+    done = run("--models", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "make convert MODEL=m3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--port", "70000"], {}, "--port must be between 0 and 65535"),
+        (["--port", "x"], {}, "--port must be a whole number"),
+        ([], {"RERANK_MAX_LENGTH": "9000"}, "--max-length must be between 32 and 8192"),
+        ([], {"RERANK_UBATCH": "many"}, "RERANK_UBATCH must be a whole number"),
+        ([], {"RERANK_DEBUG": "perhaps"}, "RERANK_DEBUG must be true or false"),
+        (["--m3", "nowhere.gguf"], {}, "--m3: there is no file nowhere.gguf"),
+        ([], {"RERANK_GEMMA": "nowhere.gguf"}, "--gemma: there is no file nowhere.gguf"),
+    ],
+)
+def test_a_wrong_setting_is_refused_at_start_and_named(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], words: str
+) -> None:
+    done = run("--models", tmp_path, *arguments, **environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+
+
+def test_a_port_in_use_is_said_in_one_line(process: ServerProcess, models: Path) -> None:
+    done = run("--models", models, "--port", process.url.rpartition(":")[2])
+    assert done.returncode == 2
+    assert "cannot listen on" in done.stderr
+
+
+def test_environment_variables_set_what_flags_set(models: Path) -> None:
+    server = ServerProcess(RERANK_MODELS=str(models), RERANK_MAX_LENGTH="64", RERANK_THREADS="1", RERANK_DEBUG="true")
+    assert server.health()["models"]["m3"]["max_length"] == 64
+    assert "1 threads" in server.report
+    assert server.stop() == 0
+
+
+def test_a_file_of_the_wrong_kind_is_refused_for_a_role(gguf_of: Gguf, tmp_path: Path) -> None:
+    done = run("--models", tmp_path, "--m3", gguf_of("gemma"))
+    assert done.returncode == 1
+    assert "yes-logit" in done.stderr
+
+
+def test_check_says_what_a_good_file_is(gguf_of: Gguf) -> None:
+    done = run("--check", gguf_of("xlmr"))
+    assert done.returncode == 0, done.stderr
+    assert "good" in done.stdout
+    assert "cross-encoder, bert, F32" in done.stdout
+
+
+def test_check_scores_pairs_from_standard_input(gguf_of: Gguf) -> None:
+    lines = [{"query": "q", "passage": "a"}, {"query": "q", "passage": "word " * 99, "max_length": 32}]
+    done = run("--check", gguf_of("xlmr"), "--pairs", "-", stdin="\n".join(map(json.dumps, lines)) + "\n")
+    assert done.returncode == 0, done.stderr
+    first, second, last = map(json.loads, done.stdout.splitlines())
+    assert first["score"] == pytest.approx(rerank_server.sigmoid(first["logit"]))
+    assert (first["truncated"], second["truncated"], len(second["ids"])) == (False, True, 32)
+    assert last["summary"]["n_pairs"] == 2
+
+
+def test_every_setting_is_in_the_readme_with_its_environment_variable() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in rerank_server.Settings.__dataclass_fields__:
+        row = f"| `{rerank_server.flag_of(name)}` | `{rerank_server.environment_variable_of(name)}` |"
+        assert row in readme, row
