@@ -18,15 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from . import download, models, verify
-from .checkpoint import Checkpoint
 from .errors import CannotStartError, ConvertError
-from .models import Source
+from .job import Job
 from .quantize import QUANTIZATIONS, REFUSED, Quantization, find_quantization, quantize
-from .reference import ReferencePairs
-from .tensors import find_architecture, plan
-from .verify import Against, Report, Scored
-from .vocab import read_vocabulary
-from .write import disk_error, file_bytes, model_metadata, write_file
+from .verify import Report, Scored
+from .write import disk_error, file_bytes
 
 DISK_MARGIN_BYTES = 64 << 20  # metadata, vocabularies, the file system's own needs
 F16 = QUANTIZATIONS["F16"]
@@ -73,11 +69,11 @@ def convert(arguments: argparse.Namespace) -> int:
     source = models.find_source(arguments.source)
     quantizations = _wanted(arguments.quant or [source.quantization])
     fetched = download.fetch(source, arguments.revision)
-    job = open_checkpoint(fetched.directory, source, fetched.revision)
+    job = Job.open(fetched.directory, source.repo or source.name, fetched.revision)
     output = Output(arguments.out, source.name)
     with output.opened():
         _check_disk_space(arguments.out, job, quantizations)
-        base = write_base(job, output)
+        base = write_base(job, output, source in models.NAMED.values())
         reports = [convert_one(job, output, base, quantization) for quantization in quantizations]
         if arguments.keep_f16 and F16 not in quantizations:
             reports.append(convert_one(job, output, base, F16))
@@ -88,29 +84,29 @@ def convert(arguments: argparse.Namespace) -> int:
     return int(any(report.problem for report in reports))
 
 
-def open_checkpoint(directory: Path, source: Source, revision: str) -> Against:
-    """Everything that can be wrong with a checkpoint is found here, before a byte is written."""
-    checkpoint = Checkpoint.open(directory)
-    architecture = find_architecture(checkpoint)
-    tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
-    metadata = model_metadata(checkpoint, architecture, vocabulary, source.repo or source.name, revision)
-    pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
-    return Against(checkpoint, architecture, pairs, tensors, metadata)
+def write_base(job: Job, output: Output, named: bool) -> Scored:
+    """The F16 file, from which all others are made and against which they are measured.
 
-
-def write_base(job: Against, output: Output) -> Scored:
-    """The F16 file, from which all others are made and against which they are measured."""
+    named: one of the models that this project knows, which is known to tell relevant passages from irrelevant ones.
+    """
     part = output.part(F16)
-    write_file(part, job.checkpoint, job.architecture, job.tensors, job.metadata, half=True)
+    job.write(part, half=True)
     verify.check_structure(part, job.tensors)
-    return verify.score_samples(part)
+    scored = verify.score_samples(part)
+    margin = verify.relevance_margin(scored.logits)
+    if margin < verify.CLEAR_MARGIN:
+        problem = f"in float16, relevant passages score only {margin:.2f} logits above irrelevant ones on average"
+        if named:
+            raise ConvertError(f"{problem}: the checkpoint is damaged; download it again")
+        print(f"convert: {problem}: is this a trained reranker? No drift limit is applied", file=sys.stderr)
+    return scored
 
 
-def convert_one(job: Against, output: Output, base: Scored, quantization: Quantization) -> Report:
+def convert_one(job: Job, output: Output, base: Scored, quantization: Quantization) -> Report:
     """Writes, checks, scores and names one file; a file with a problem keeps no name."""
     part = output.part(quantization)
     if quantization.name == "F32":
-        write_file(part, job.checkpoint, job.architecture, job.tensors, job.metadata, half=False)
+        job.write(part, half=False)
     elif quantization is not F16:
         note = quantize(output.part(F16), part, quantization)
         if note:
@@ -131,7 +127,7 @@ def _wanted(names: Sequence[str]) -> list[Quantization]:
     return sorted(found, key=lambda quantization: quantization is F16)
 
 
-def _check_disk_space(folder: Path, job: Against, quantizations: Sequence[Quantization]) -> None:
+def _check_disk_space(folder: Path, job: Job, quantizations: Sequence[Quantization]) -> None:
     n_weights = sum(file_bytes([tensor], half=False) // 4 for tensor in job.tensors)
     needed = file_bytes(job.tensors, half=True) + DISK_MARGIN_BYTES
     needed += sum(int(n_weights * quantization.bits / 8) for quantization in quantizations if quantization is not F16)

@@ -133,7 +133,7 @@ class Checkpoint:
         """Rows [first, last) as float32, shape (last - first, *shape[1:]). Raises ConvertError."""
         info = self.tensors[name]
         if info.dtype not in READABLE:
-            raise ConvertError(f"{info.file.name}: tensor {name} is {info.dtype}, expected one of {', '.join(READABLE)}")
+            raise ConvertError(f"{info.file}: tensor {name} is {info.dtype}, expected one of {', '.join(READABLE)}")
         row_items = math.prod(info.shape[1:])
         row_bytes = row_items * _ITEM_BYTES[info.dtype]
         file = self._files.setdefault(info.file, None) or self._open(info.file)

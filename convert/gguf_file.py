@@ -6,6 +6,7 @@ for 250,000 of them. Format: ggml's docs/gguf.md, version 3, little-endian.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -39,7 +40,7 @@ class StoredTensor:
     @property
     def row_bytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return self.shape[-1] // block * size
+        return int(self.shape[-1] // block * size)
 
     @property
     def n_bytes(self) -> int:
@@ -87,7 +88,8 @@ class GgufFile:
         return value if isinstance(value, dict) else {}
 
     def record(self, verification: dict[str, Any]) -> None:
-        """Writes rerank.verification over the blanks kept for it. Raises ConvertError when there are too few."""
+        """Writes rerank.verification over the blanks kept for it, then rerank.header_sha256: the SHA-256 of everything
+        before the tensor data, with zeroes in the digest's own place. Raises ConvertError when there is no room."""
         key = "rerank.verification"
         text = json.dumps(verification, separators=(",", ":"))
         room = len(self.metadata.get(key, "").encode())
@@ -96,6 +98,10 @@ class GgufFile:
         with self.path.open("r+b") as stream:
             stream.seek(self.positions[key])
             stream.write(text.ljust(room).encode())
+            stream.seek(0)
+            header = stream.read(min(tensor.start for tensor in self.tensors.values()))
+            stream.seek(self.positions["rerank.header_sha256"])
+            stream.write(hashlib.sha256(header).hexdigest().encode())
 
 
 class _Reader:

@@ -97,7 +97,8 @@ def find_source(text: str) -> Source:
     owner, _, name = text.partition("/")
     if not owner or not name or "/" in name or owner.startswith(".") or name.startswith("."):
         raise CannotStartError(
-            f"{text!r} is neither {', '.join(NAMED)}, nor a directory that exists, nor a Hub id such as BAAI/bge-reranker-base"
+            f"{text!r} is neither {', '.join(NAMED)}, nor a directory that exists, nor a Hub id "
+            "such as BAAI/bge-reranker-base"
         )
     known = next((source for source in NAMED.values() if source.repo == text and not source.wheel), None)
     return known or Source(name, text, MODELS / name)

@@ -21,5 +21,7 @@ class Progress:
     def __call__(self, n: int) -> None:
         self._bar.update(n)
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()

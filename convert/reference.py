@@ -1,5 +1,5 @@
-"""What the reference makes of a pair: its token ids, by the checkpoint's own tokenizer, and (with the `reference` extra)
-its logit, by transformers. Written apart from the server's code, so that the one can check the other.
+"""What the reference makes of a pair: its token ids, by the checkpoint's own tokenizer, and (with the `reference`
+extra) its logit, by transformers. Written apart from the server's code, so that the one can check the other.
 """
 
 from __future__ import annotations
@@ -150,5 +150,6 @@ def _yes_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passag
 
 
 def _cosine_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:
-    vectors = [model(input_ids=torch.tensor([pairs.ids("", text)])).last_hidden_state[0].mean(0) for text in (query, passage)]
+    outputs = [model(input_ids=torch.tensor([pairs.ids("", text)])) for text in (query, passage)]
+    vectors = [output.last_hidden_state[0].mean(0) for output in outputs]
     return MINI_COSINE_SCALE * float(torch.cosine_similarity(*vectors, dim=0)) + MINI_COSINE_BIAS

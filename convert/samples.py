@@ -20,11 +20,11 @@ _QUESTIONS = (  # language, question, a passage that answers it, one that does n
      "printed on the label underneath.",
      "Roll the dough out thinly, cover it with sliced apples and bake it for forty minutes."),
     ("en", "Why do leaves turn red in autumn?",
-     "When days grow shorter, trees break down the green chlorophyll, and red anthocyanins become visible in the leaves.",
+     "When days grow shorter, trees break down the green chlorophyll, and red anthocyanins become visible in leaves.",
      "The committee moved its monthly meeting to Thursday because of the holiday."),
     ("de", "Wie lange darf man mit einem Anhänger auf der Autobahn am Stück fahren?",
-     "Eine feste Obergrenze gibt es für Pkw mit Anhänger nicht; empfohlen wird, spätestens nach zwei Stunden Fahrt eine "
-     "Pause einzulegen.",
+     "Eine feste Obergrenze gibt es für Pkw mit Anhänger nicht; empfohlen wird, spätestens nach zwei Stunden Fahrt "
+     "eine Pause einzulegen.",
      "Die Größe der Gemälde in dieser Ausstellung reicht von Postkarten bis zu ganzen Wänden."),
     ("fr", "Quelle est la hauteur du mont Blanc ?",
      "Le mont Blanc, point culminant des Alpes, s'élève à un peu plus de 4 805 mètres d'altitude.",

@@ -16,7 +16,7 @@ from .errors import CannotStartError, ConvertError
 from .models import ARCHITECTURES, Architecture
 
 MAX_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS
-# Exact or tanh-approximated GELU: llama.cpp has one kernel for both, and the reference's choice differs by 1e-3 at most.
+# Exact or tanh-approximated GELU: llama.cpp has one kernel for both; the two differ by 1e-3 at most.
 GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_python")
 
 
@@ -93,7 +93,7 @@ def _match(checkpoint: Checkpoint, names: dict[str, str], tensor: Tensor) -> Ten
     return Tensor(tensor.name, stored, tensor.shape, tensor.half, tensor.first_row, tensor.add)
 
 
-# -- BERT and XLM-RoBERTa -----------------------------------------------------------------------------------------------
+# -- BERT and XLM-RoBERTa -------------------------------------------------------------------------------------------
 
 _LAYER = {  # llama.cpp's name -> the checkpoint's, under encoder.layer.N.
     "attn_q": "attention.self.query",
@@ -184,7 +184,7 @@ def _with_bias(name: str, source: str, shape: tuple[int, ...]) -> Iterator[Tenso
     yield Tensor(f"{name}.bias", f"{source}.bias", shape[:1])
 
 
-# -- Gemma --------------------------------------------------------------------------------------------------------------
+# -- Gemma ----------------------------------------------------------------------------------------------------------
 
 
 def _map_gemma(config: Config, names: dict[str, str]) -> Mapping:

@@ -21,18 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
 from .errors import CannotStartError, ConvertError
 from .gguf_file import GgufFile
-from .models import ROOT, Architecture
+from .job import Job
+from .models import ROOT
 from .quantize import QUANTIZATIONS
 from .reference import ReferencePairs, transformers_logits
 from .samples import SAMPLES, Sample
-from .tensors import Tensor, find_architecture, plan
-from .vocab import read_vocabulary
-from .write import model_metadata, write_file
+from .tensors import Tensor
 
 SERVER = ROOT / "rerank_server.py"
+# A trained reranker puts the built-in relevant passages more than this many logits above the irrelevant ones, on
+# average (the two MiniLM models: 3.2 and 2.4; random weights: under 0.3). Below it the logits are noise, and no limit
+# is applied to how quantising changes them.
+CLEAR_MARGIN = 1.0
 # Below this mean difference of logits a file passes whatever its drift: a score changes by less than 0.005 (a quarter
 # of it, the sigmoid's steepest slope). It matters where all logits are nearly equal, as with random weights.
 NEGLIGIBLE_DIFFERENCE = 0.02
@@ -54,7 +56,8 @@ class Comparison:
     """Differences of logits from the F16 file's, over the sample pairs.
 
     drift: mean difference divided by the standard deviation of the F16 logits, so that it means the same for every
-    model; limit: what it may be for this quantisation.
+    model; limit: what it may be for this quantisation. margin: logits by which the F16 file puts relevant passages
+    above irrelevant ones, on average.
     """
 
     max_difference: float
@@ -62,10 +65,15 @@ class Comparison:
     drift: float
     limit: float
     kendall_tau: float
+    margin: float
 
     @property
     def passed(self) -> bool:
-        return self.drift <= self.limit or self.mean_difference <= NEGLIGIBLE_DIFFERENCE
+        return (
+            self.drift <= self.limit
+            or self.mean_difference <= NEGLIGIBLE_DIFFERENCE
+            or self.margin < CLEAR_MARGIN
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ class Report:
         if self.n_equal is not None and self.n_equal < n_pairs:
             return f"{n_pairs - self.n_equal} of {n_pairs} pairs have other token ids than the reference"
         if self.comparison and not self.comparison.passed:
-            return f"drift {self.comparison.drift:.3f} is over the limit of {self.comparison.limit} for {self.quantization}"
+            limit = f"the limit of {self.comparison.limit} for {self.quantization}"
+            return f"drift {self.comparison.drift:.3f} is over {limit}"
         return ""
 
     def verification(self) -> dict[str, Any]:
@@ -105,6 +114,7 @@ def score_samples(path: Path, samples: Sequence[Sample] = SAMPLES) -> Scored:
     lines = "".join(json.dumps({"query": sample.query, "passage": sample.passage}) + "\n" for sample in samples)
     # a RERANK_ variable of the user's own server must not change what is measured here
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANK_")}
+    environment["RERANK_IN_CHILD"] = "1"  # an abort inside llama.cpp ends that process only
     command = [sys.executable, str(SERVER), "--check", str(path), "--pairs", "-"]
     done = subprocess.run(command, input=lines.encode(), capture_output=True, env=environment, check=False)
     if done.returncode:
@@ -117,19 +127,29 @@ def _parse_scores(path: Path, output: str, n_pairs: int) -> Scored:
     *pairs, last = [json.loads(line) for line in output.splitlines()]
     logits = [float(pair["logit"]) for pair in pairs]
     if len(logits) != n_pairs or not all(map(math.isfinite, logits)):
-        raise ConvertError(f"{path.name}: the server gave {len(logits)} logits for {n_pairs} pairs, or one is not finite")
+        raise ConvertError(f"{path.name}: {len(logits)} logits for {n_pairs} pairs, or one that is not finite")
     summary = last["summary"]
     ids = [list(pair["ids"]) for pair in pairs]
     return Scored(ids, logits, summary["n_tokens"], summary["seconds"], summary["rss_bytes"])
 
 
 def compare(logits: Sequence[float], reference: Sequence[float], limit: float) -> Comparison:
-    """logits, reference: of the same pairs in the same order."""
+    """logits, reference: of SAMPLES, in their order."""
     differences = [abs(left - right) for left, right in zip(logits, reference, strict=True)]
     mean = statistics.fmean(differences)
     spread = statistics.pstdev(reference)
     drift = mean / spread if spread else (math.inf if mean else 0.0)
-    return Comparison(max(differences), mean, drift, limit, kendall_tau(logits, reference))
+    tau = kendall_tau(logits, reference)
+    return Comparison(max(differences), mean, drift, limit, tau, relevance_margin(reference))
+
+
+def relevance_margin(logits: Sequence[float], samples: Sequence[Sample] = SAMPLES) -> float:
+    """Mean logit of the relevant passages minus that of the irrelevant ones."""
+    relevant, irrelevant = (
+        statistics.fmean(logit for logit, sample in zip(logits, samples, strict=True) if sample.relevant is wanted)
+        for wanted in (True, False)
+    )
+    return relevant - irrelevant
 
 
 def kendall_tau(left: Sequence[float], right: Sequence[float]) -> float:
@@ -185,7 +205,7 @@ def expected_ids(pairs: ReferencePairs, samples: Sequence[Sample] = SAMPLES) -> 
     return [pairs.ids(sample.query, sample.passage, 1024) for sample in samples]
 
 
-# -- tables -------------------------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------------------------
 
 
 def summary_table(reports: Iterable[Report]) -> str:
@@ -199,8 +219,9 @@ def _summary_row(report: Report) -> tuple[str, ...]:
     scored, comparison = report.scored, report.comparison
     numbers: tuple[str, ...] = ("-",) * 4
     if comparison:
+        limit = "no limit" if comparison.margin < CLEAR_MARGIN else comparison.limit
         numbers = (f"{comparison.max_difference:.4f}", f"{comparison.mean_difference:.4f}",
-                   f"{comparison.drift:.4f} ({comparison.limit})", f"{comparison.kendall_tau:.4f}")  # fmt: skip
+                   f"{comparison.drift:.4f} ({limit})", f"{comparison.kendall_tau:.4f}")  # fmt: skip
     equal = "-" if report.n_equal is None else f"{report.n_equal}/{len(scored.logits)}"
     return (report.name, report.quantization, f"{report.file_bytes / 1e6:,.1f}", equal, *numbers,
             f"{scored.n_tokens / max(scored.seconds, 1e-9):,.0f}", f"{scored.rss_bytes / 1e6:,.0f}",
@@ -209,10 +230,10 @@ def _summary_row(report: Report) -> tuple[str, ...]:
 
 def logit_table(columns: dict[str, Sequence[float]], samples: Sequence[Sample] = SAMPLES) -> str:
     """Markdown: one line a pair, one column for each list of logits."""
-    rows = [
-        (sample.language, "yes" if sample.relevant else "no", sample.query, *(f"{column[index]:.4f}" for column in columns.values()))
-        for index, sample in enumerate(samples)
-    ]
+    rows = []
+    for index, sample in enumerate(samples):
+        logits = (f"{column[index]:.4f}" for column in columns.values())
+        rows.append((sample.language, "yes" if sample.relevant else "no", sample.query, *logits))
     return _markdown(("language", "relevant", "query", *columns), rows)
 
 
@@ -221,27 +242,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-# -- command ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Against:
-    """An opened checkpoint to compare with."""
-
-    checkpoint: Checkpoint
-    architecture: Architecture
-    pairs: ReferencePairs
-    tensors: list[Tensor]
-    metadata: dict[str, Any]
-
-    @staticmethod
-    def open(directory: Path) -> Against:
-        checkpoint = Checkpoint.open(directory)
-        architecture = find_architecture(checkpoint)
-        tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
-        metadata = model_metadata(checkpoint, architecture, vocabulary, directory.resolve().name, "")
-        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
-        return Against(checkpoint, architecture, pairs, tensors, metadata)
+# -- command --------------------------------------------------------------------------------------------------------
 
 
 def sibling_f16(path: Path, quantization: str) -> Path | None:
@@ -251,7 +252,7 @@ def sibling_f16(path: Path, quantization: str) -> Path | None:
     return sibling if sibling.is_file() else None
 
 
-def f16_logits(path: Path, file: GgufFile, against: Against | None) -> tuple[list[float] | None, str]:
+def f16_logits(path: Path, file: GgufFile, against: Job | None) -> tuple[list[float] | None, str]:
     """The F16 logits and where they are from: the file beside, else one made from the checkpoint and removed again."""
     sibling = sibling_f16(path, str(file.metadata["rerank.quantization"]))
     if sibling:
@@ -260,14 +261,14 @@ def f16_logits(path: Path, file: GgufFile, against: Against | None) -> tuple[lis
         return None, ""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
         base = Path(folder) / "F16.gguf"
-        write_file(base, against.checkpoint, against.architecture, against.tensors, against.metadata, half=True)
+        against.write(base, half=True)
         return score_samples(base).logits, "F16, made from the checkpoint"
 
 
 def run(path: Path, checkpoint: Path | None, with_transformers: bool) -> int:
     if with_transformers and not checkpoint:
         raise CannotStartError("--reference needs --against CHECKPOINT, the directory that the file was made from")
-    against = Against.open(checkpoint) if checkpoint else None
+    against = Job.open(checkpoint) if checkpoint else None
     file = check_structure(path, against.tensors if against else ())
     columns: dict[str, Sequence[float]] = {}
     if against and with_transformers:

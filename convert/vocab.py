@@ -63,7 +63,7 @@ def _check(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
             raise ConvertError(f"{checkpoint.directory}: the {name} token's id {token_id} is outside the vocabulary")
 
 
-# -- XLM-RoBERTa: unigram -----------------------------------------------------------------------------------------------
+# -- XLM-RoBERTa: unigram -------------------------------------------------------------------------------------------
 
 
 def _read_unigram(checkpoint: Checkpoint) -> Vocabulary:
@@ -125,7 +125,7 @@ def _find_charsmap(normalizer: Any) -> str:
     raise KeyError("precompiled_charsmap")
 
 
-# -- BERT: WordPiece ----------------------------------------------------------------------------------------------------
+# -- BERT: WordPiece ------------------------------------------------------------------------------------------------
 
 
 def _read_wordpiece(checkpoint: Checkpoint) -> Vocabulary:
@@ -200,7 +200,7 @@ def bert_normalization(checkpoint: Checkpoint) -> tuple[bool, bool]:
     return bool(lowercase), bool(lowercase if strip_accents is None else strip_accents)
 
 
-# -- Gemma: SentencePiece BPE -------------------------------------------------------------------------------------------
+# -- Gemma: SentencePiece BPE ---------------------------------------------------------------------------------------
 
 # Markers that steer the model, whatever type tokenizer.model gives them.
 _STEERING = {"<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"}
@@ -265,7 +265,7 @@ def _is_symbol(text: str, known: set[str]) -> bool:
     return len(text) == 1 or text in known
 
 
-# -- shared -------------------------------------------------------------------------------------------------------------
+# -- shared ---------------------------------------------------------------------------------------------------------
 
 
 def _ids_of(checkpoint: Checkpoint, tokens: list[str], special: dict[str, str]) -> dict[str, int]:
@@ -278,13 +278,12 @@ def _ids_of(checkpoint: Checkpoint, tokens: list[str], special: dict[str, str]) 
 
 def read_sentencepiece(path: Path) -> Any:
     """A SentencePiece ModelProto. Raises ConvertError for anything else."""
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError) as exc:
+    except Exception as exc:  # protobuf's DecodeError, whose module has no types, or OSError
         raise ConvertError(f"{path}: not a SentencePiece model ({str(exc)[:100]})") from exc
     if not model.pieces:
         raise ConvertError(f"{path}: no pieces in it")

@@ -132,12 +132,18 @@ def _dtype(tensor: Tensor, half: bool) -> np.dtype[Any]:
 
 
 def write_file(
-    path: Path, checkpoint: Checkpoint, architecture: Architecture, tensors: list[Tensor], metadata: Metadata, half: bool
+    path: Path,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    tensors: list[Tensor],
+    metadata: Metadata,
+    half: bool,
 ) -> None:
     """Writes an F16 (half) or F32 file. Raises ConvertError: a NaN, a value beyond float16, a full disk."""
+    what, total = f"writing {'F16' if half else 'F32'}", file_bytes(tensors, half)
     try:
         _write_header(path, architecture, tensors, metadata, half)
-        with path.open("ab") as file, Progress(f"writing {'F16' if half else 'F32'}", file_bytes(tensors, half)) as done:
+        with path.open("ab") as file, Progress(what, total) as done:
             _pad(file)
             for tensor in tensors:
                 for block in _converted(checkpoint, tensor, half):
@@ -158,6 +164,7 @@ def _write_header(
     writer.add_file_type(int(file_type))
     writer.add_string("rerank.quantization", "F16" if half else "F32")
     writer.add_string("rerank.verification", "{}".ljust(VERIFICATION_BYTES))
+    writer.add_string("rerank.header_sha256", "0" * 64)  # filled in when the file is verified
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, _dtype(tensor, half), _n_bytes(tensor, half))
     writer.write_header_to_file()

@@ -35,6 +35,11 @@ def convert(checkpoint: Path, out: Path, *quantizations: str) -> list[Path]:
     return sorted(out.glob("*.gguf"))
 
 
+def load_engine(file: Path, max_length: int, ubatch: int = 512) -> rerank_server.LlamaEngine:
+    """With one thread: two gain nothing on a tiny model, and wait for each other where the machine is busy."""
+    return rerank_server.load_engine(file, rerank_server.Settings(max_length=max_length, ubatch=ubatch, threads=1))
+
+
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """name of ARCHITECTURES -> directory of its tiny checkpoint."""
@@ -67,8 +72,7 @@ def engine_of(gguf_of: Gguf) -> Iterator[EngineOf]:
 
     def load(name: str) -> rerank_server.LlamaEngine:
         if name not in engines:
-            settings = rerank_server.Settings(max_length=rerank_server.MAX_MAX_LENGTH_TOKENS)
-            engines[name] = rerank_server.load_engine(gguf_of(name), settings)
+            engines[name] = load_engine(gguf_of(name), rerank_server.MAX_MAX_LENGTH_TOKENS)
         return engines[name]
     yield load
     for engine in engines.values():

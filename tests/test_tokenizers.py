@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import make_xlmr
-from conftest import ARCHITECTURES, EngineOf, convert
+from conftest import ARCHITECTURES, EngineOf, convert, load_engine
 from golden.inputs import CUT_PAIRS, MAX_LENGTHS, TEXTS, compact, fingerprint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def test_xlmr_real_vocabulary_has_the_reference_ids(tmp_path: Path) -> None:
     directory = Path(given_directory)
     checkpoint = make_xlmr(tmp_path / "checkpoint", hidden_size=64, layers=1, tokenizer_dir=directory, dtype="float16")
     (file,) = convert(checkpoint, tmp_path / "out", "F16")
-    engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=4096, ubatch=32))
+    engine = load_engine(file, max_length=4096, ubatch=32)
     with gzip.open(directory / "golden-12-languages.jsonl.gz", "rt", encoding="utf-8") as lines:
         samples = [json.loads(line) for line in lines]
     different = [sample for sample in samples if passage_ids(engine, sample["text"], 1) != sample["ids"]]

@@ -1,0 +1,37 @@
+"""A checkpoint that was opened and found convertible: what can be wrong with it is found before a byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .models import Architecture
+from .reference import ReferencePairs
+from .tensors import Tensor, find_architecture, plan
+from .vocab import read_vocabulary
+from .write import Metadata, model_metadata, write_file
+
+
+@dataclass(frozen=True)
+class Job:
+    checkpoint: Checkpoint
+    architecture: Architecture
+    tensors: list[Tensor]
+    metadata: Metadata
+    pairs: ReferencePairs
+
+    @staticmethod
+    def open(directory: Path, source: str = "", revision: str = "") -> Job:
+        """source: recorded in the file, the directory's name by default. Raises ConvertError."""
+        checkpoint = Checkpoint.open(directory)
+        architecture = find_architecture(checkpoint)
+        tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
+        source = source or directory.resolve().name
+        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision)
+        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
+        return Job(checkpoint, architecture, tensors, metadata, pairs)
+
+    def write(self, path: Path, half: bool) -> None:
+        """Writes an F16 (half) or F32 file. Raises ConvertError."""
+        write_file(path, self.checkpoint, self.architecture, self.tensors, self.metadata, half)

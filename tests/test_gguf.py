@@ -1,0 +1,191 @@
+"""Opening GGUF files: right ones from anywhere are served, wrong ones are refused in one line, none ends the process."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from conftest import ROOT, Gguf
+
+import rerank_server as server
+
+FUZZ_SECONDS = 15
+PAIRS = ("What is the capital of France?", ["Paris is the capital of France.", "Two  spaces\tand a tab. ", "猫は長く眠る。"])
+
+Values = dict[str, Any]
+
+
+def rewrite(
+    source: Path, target: Path, change: Values | None = None, drop: tuple[str, ...] = (),
+    tensors: dict[str, np.ndarray[Any, Any] | None] | None = None, architecture: str | None = None,
+) -> Path:  # fmt: skip
+    """A copy of a GGUF file with other metadata (drop: prefixes of keys) or tensors (None leaves one out)."""
+    reader = gguf.GGUFReader(source)
+    architecture = architecture or str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, architecture)
+    for key, field in reader.fields.items():
+        if key.startswith(("GGUF.", "general.architecture", *drop)) or key in (change or {}):
+            continue
+        kind, inner = field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), kind, sub_type=inner)
+    for key, value in (change or {}).items():
+        kinds: dict[type, gguf.GGUFValueType] = {
+            bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING,
+            float: gguf.GGUFValueType.FLOAT32,
+        }  # fmt: skip
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, kinds[type(value)])
+    for tensor in reader.tensors:
+        replaced = (tensors or {}).get(tensor.name, tensor.data)
+        if replaced is not None:
+            writer.add_tensor(tensor.name, np.ascontiguousarray(replaced))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def tensor_of(path: Path, name: str) -> np.ndarray[Any, Any]:
+    return next(np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+
+
+def score(path: Path) -> list[float]:
+    engine = server.load_engine(path, server.Settings())
+    try:
+        return engine.score(engine.pairs.make(*PAIRS))
+    finally:
+        engine.close()
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(server.ModelError) as caught:
+        server.load_engine(path, server.Settings())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["xlmr", "gemma"])
+def test_a_file_without_our_metadata_scores_the_same(name: str, gguf_of: Gguf, tmp_path: Path) -> None:
+    """Files made with llama.cpp's own converter are right when they are right."""
+    foreign = rewrite(gguf_of(name), tmp_path / "foreign.gguf", drop=("rerank.",))
+    assert score(foreign) == score(gguf_of(name))
+
+
+def test_wrong_white_space_handling_is_set_right(gguf_of: Gguf, tmp_path: Path) -> None:
+    """What the vendored converter writes when it only finds tokenizer.json: other ids for runs of spaces."""
+    key = "tokenizer.ggml.remove_extra_whitespaces"
+    foreign = rewrite(gguf_of("xlmr"), tmp_path / "spaces.gguf", {key: False}, drop=("rerank.",))
+    assert server.describe(server.GgufFile.open(foreign)).fixes == (key,)
+    assert score(foreign) == score(gguf_of("xlmr"))
+
+
+def test_a_missing_space_prefix_setting_is_set_right(gguf_of: Gguf, tmp_path: Path) -> None:
+    key = "tokenizer.ggml.add_space_prefix"
+    foreign = rewrite(gguf_of("gemma"), tmp_path / "prefix.gguf", drop=("rerank.", key))
+    assert server.describe(server.GgufFile.open(foreign)).fixes == (key,)
+    assert score(foreign) == score(gguf_of("gemma"))
+
+
+def test_a_position_table_that_was_not_cut_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    table = tensor_of(gguf_of("xlmr"), "position_embd.weight")
+    uncut = np.concatenate([np.zeros_like(table[:2]), table])
+    change = {"bert.context_length": len(uncut)}
+    path = rewrite(gguf_of("xlmr"), tmp_path / "uncut.gguf", change, tensors={"position_embd.weight": uncut})
+    assert "two unused rows" in refusal(path)
+
+
+@pytest.mark.parametrize("tensor", ["cls.weight", "cls.output.weight"])
+def test_a_cross_encoder_without_its_whole_head_is_refused(tensor: str, gguf_of: Gguf, tmp_path: Path) -> None:
+    """The vendored converter drops the pooler of MiniLM rerankers: wrong scores without a word."""
+    path = rewrite(gguf_of("bert"), tmp_path / "headless.gguf", tensors={tensor: None})
+    assert tensor in refusal(path)
+
+
+def test_an_embedding_model_from_elsewhere_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    assert "not a reranker" in refusal(rewrite(gguf_of("bi"), tmp_path / "embedding.gguf", drop=("rerank.",)))
+
+
+def test_a_chat_model_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    path = rewrite(gguf_of("gemma"), tmp_path / "chat.gguf", drop=("rerank.", "gemma."), architecture="llama")
+    assert "'llama' is not a reranker" in refusal(path)
+
+
+def test_a_kind_from_a_newer_version_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    assert "does not know" in refusal(rewrite(gguf_of("bi"), tmp_path / "new.gguf", {"rerank.kind": "late-interaction"}))
+
+
+def test_another_tokenizer_than_the_recorded_one_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    path = rewrite(gguf_of("xlmr"), tmp_path / "ids.gguf", {"rerank.check_ids": [0, 5, 2, 2, 6, 2]})
+    assert "other ids than the reference" in refusal(path)
+
+
+def test_a_yes_token_that_is_not_the_tokenizers_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    assert "'Yes'" in refusal(rewrite(gguf_of("gemma"), tmp_path / "yes.gguf", {"rerank.yes_token_id": 9}))
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "not a readable GGUF"),
+    "text": (lambda data: b"# not a model\n" * 100, "not a readable GGUF"),
+    "truncated tensors": (_cut, "truncated"),
+    "truncated header": (lambda data: data[:3000], "not a readable GGUF"),
+    "wrong version": (lambda data: data[:4] + struct.pack("<I", 99) + data[8:], "not a readable GGUF"),
+    "huge tensor count": (lambda data: data[:8] + struct.pack("<Q", 1 << 60) + data[16:], "not a readable GGUF"),
+    "huge metadata count": (lambda data: data[:16] + struct.pack("<Q", 1 << 60) + data[24:], "not a readable GGUF"),
+    "huge string": (lambda data: data[:24] + struct.pack("<Q", 1 << 62) + data[32:], "not a readable GGUF"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_refused_in_one_line(name: str, gguf_of: Gguf, tmp_path: Path) -> None:
+    change, words = DAMAGES[name]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(change(gguf_of("bi").read_bytes()))
+    assert words in refusal(path)
+
+
+def test_a_file_that_aborts_llama_cpp_does_not_take_the_server_down(gguf_of: Gguf, tmp_path: Path) -> None:
+    """A vocabulary with a token twice: llama.cpp ends the process (GGML_ASSERT), a child's and not ours."""
+    data = gguf_of("bi").read_bytes()
+    first = data.index("▁and".encode())
+    path = tmp_path / "twice.gguf"
+    path.write_bytes(data[:first] + "▁the".encode() + data[first + len("▁and".encode()) :])
+    assert "llama.cpp ends the process" in refusal(path)
+
+
+def test_a_header_that_the_converter_wrote_is_known_to_be_intact(gguf_of: Gguf, tmp_path: Path) -> None:
+    """Such a file is opened without trying it in a child process first."""
+    assert server.GgufFile.open(gguf_of("xlmr")).header_is_intact()
+    data = bytearray(gguf_of("xlmr").read_bytes())
+    place = data.index(b"rerank.source") + 30
+    data[place] ^= 1
+    (tmp_path / "changed.gguf").write_bytes(data)
+    assert not server.GgufFile.open(tmp_path / "changed.gguf").header_is_intact()
+
+
+@pytest.mark.parametrize("name", ["bi", "gemma"])
+def test_damaged_files_never_crash_the_reader(name: str, gguf_of: Gguf, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "fuzz_gguf.py"), str(gguf_of(name)), str(tmp_path / "damaged.gguf")]
+    done = subprocess.run([*command, str(FUZZ_SECONDS), "1"], capture_output=True, text=True, timeout=FUZZ_SECONDS + 60)
+    damage = tmp_path / "damaged.txt"
+    assert done.returncode == 0, f"{damage.read_text()}\n{done.stderr[-2000:]}"
+    counts = json.loads(done.stdout)
+    print(f"\n{name}: {counts}")
+    assert counts["tried"] >= 20
+    assert counts["refused"] > 0
