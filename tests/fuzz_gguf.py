@@ -1,8 +1,9 @@
 """Opens damaged copies of a GGUF file, as a child process of tests/test_gguf.py: a crash ends this process only.
 
 `python fuzz_gguf.py FILE SCRATCH SECONDS SEED`: flips, overwrites, inserts and cuts bytes, mostly in the header, and
-opens each copy as the server does. ModelError is the right answer; a copy that is still good must score a number, or say that it cannot.
-Prints a JSON line with the counts. Before each try its damage is written to SCRATCH.txt, so that a crash can be repeated.
+opens each copy as the server does. ModelError is the right answer; a copy that is still good must score a number, or
+say that it cannot. Prints a JSON line with the counts. The damage of each try is in SCRATCH.txt before it is opened,
+so that a crash can be repeated.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ def main(file: Path, scratch: Path, seconds: float, seed: int) -> int:
         try:
             engine = rerank_server.load_engine(scratch, rerank_server.Settings(max_length=64, ubatch=64, threads=1))
         except rerank_server.ModelError as error:
-            assert "\n" not in str(error), error
-            counts["refused"] += 1
+            counts["refused" if "\n" not in str(error) else "refused in several lines"] += 1
             continue
         try:
             scores = [rerank_server.sigmoid(logit) for logit in engine.score(engine.pairs.make("query", ["passage"]))]

@@ -1,4 +1,4 @@
-"""Opening GGUF files: right ones from anywhere are served, wrong ones are refused in one line, none ends the process."""
+"""Opening GGUF files: right ones from anywhere are served, wrong ones refused in one line, none ends the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conftest import ROOT, Gguf
 import rerank_server as server
 
 FUZZ_SECONDS = 15
-PAIRS = ("What is the capital of France?", ["Paris is the capital of France.", "Two  spaces\tand a tab. ", "猫は長く眠る。"])
+PAIRS = ("What is the capital of France?", ["Paris is the capital of France.", "Two  spaces\tand a tab. ", "猫は長い"])
 
 Values = dict[str, Any]
 
@@ -124,7 +124,7 @@ def test_a_chat_model_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
 
 
 def test_a_kind_from_a_newer_version_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
-    assert "does not know" in refusal(rewrite(gguf_of("bi"), tmp_path / "new.gguf", {"rerank.kind": "late-interaction"}))
+    assert "does not know" in refusal(rewrite(gguf_of("bi"), tmp_path / "new.gguf", {"rerank.kind": "late"}))
 
 
 def test_another_tokenizer_than_the_recorded_one_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
@@ -189,3 +189,4 @@ def test_damaged_files_never_crash_the_reader(name: str, gguf_of: Gguf, tmp_path
     print(f"\n{name}: {counts}")
     assert counts["tried"] >= 20
     assert counts["refused"] > 0
+    assert "refused in several lines" not in counts

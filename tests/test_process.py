@@ -1,4 +1,4 @@
-"""The server as a process: what it prints at start, which files it takes, how it stops, what it refuses to start with."""
+"""The server as a process: what it prints at start, which files it takes, how it stops, what it refuses to start."""
 
 from __future__ import annotations
 
