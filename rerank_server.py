@@ -349,6 +349,7 @@ class Pair:
 
     ids: token ids with their specials. passage_start: index in ids at which the passage part begins.
     query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
+    n_shared: how many leading ids are computed once for all pairs of a query (decoders only: a prefix stands alone).
     truncated: whether tokens of the query or the passage were cut.
     """
 
@@ -356,6 +357,12 @@ class Pair:
     passage_start: int
     truncated: bool
     query_ids: tuple[int, ...] = ()
+    n_shared: int = 0
+
+    @property
+    def n_new(self) -> int:
+        """Tokens that this pair adds to a batch of its request."""
+        return len(self.ids) - self.n_shared
 
 
 class Tokenizer(Protocol):
@@ -416,7 +423,8 @@ class PromptPairs:
         pairs = []
         for passage in passages:
             ids = self._tokenize(self._parts.passage_prefix + passage)
-            pairs.append(Pair((*head, *ids[:room], *self._tail), len(head), query_cut or len(ids) > room))
+            cut = query_cut or len(ids) > room
+            pairs.append(Pair((*head, *ids[:room], *self._tail), len(head), cut, n_shared=len(head)))
         return pairs
 
 
@@ -604,7 +612,7 @@ class Queue:
         """Waits for entries. An empty list means: closed, and everything was taken."""
         with self._changed:
             self._changed.wait_for(lambda: self._entries or self._closed)
-            return take_batch(self._entries, lambda entry: len(entry.pair.ids), max_batch_tokens, max_sequences)
+            return take_batch(self._entries, lambda entry: entry.pair.n_new, max_batch_tokens, max_sequences)
 
     def close(self) -> None:
         """No more entries are accepted; those that wait are still served."""
@@ -1050,21 +1058,24 @@ def _overrides(keys: Sequence[str]) -> Any:
 
 
 class Batch:
-    """The arrays of one llama_batch. One token belongs to one sequence; positions start at 0 in each."""
+    """The arrays of one llama_batch. One token belongs to one sequence; sequences are numbered from first_sequence,
+    and the positions in each count from first_position."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], first_position: int = 0, first_sequence: int = 0
+    ) -> None:  # fmt: skip
         lengths = [len(sequence) for sequence in sequences]
         self.n_tokens = sum(lengths)
         self.ends = np.cumsum(lengths) - 1  # index of the last token of each sequence
         self._token = np.concatenate([np.asarray(sequence, dtype=np.int32) for sequence in sequences])
-        self._position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        self._position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]) + first_position
         self._n_sequences = np.ones(self.n_tokens, dtype=np.int32)
-        self._sequence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        self._sequence = np.repeat(np.arange(len(lengths), dtype=np.int32) + first_sequence, lengths)
         addresses = self._sequence.ctypes.data + 4 * np.arange(self.n_tokens, dtype=np.uint64)
         self._sequence_pointers = addresses.astype(np.uint64)
         self._output = np.zeros(self.n_tokens, dtype=np.int8)
 
-    def native(self, output: slice | FloatArray | npt.NDArray[np.int64], embeddings: FloatArray | None = None) -> Any:
+    def native(self, output: slice | npt.NDArray[np.int64], embeddings: FloatArray | None = None) -> Any:
         """llama_batch that points into this object's arrays (keep it alive). output: tokens that get an output row."""
         self._output[output] = 1
         self._embeddings = embeddings
@@ -1258,22 +1269,53 @@ class YesLogitEngine(LlamaEngine):
         limit = min(settings.max_length, description.max_tokens)
         self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
         self._yes = _yes_token(gguf, tokenizer)
-        n_ctx = max(self.pairs.longest, settings.ubatch)
         (shortest,) = self.pairs.make("", [""])  # its length is the prompt's: fewer sequences, fewer logits kept
-        self.max_sequences = min(MAX_SEQUENCES, max(1, settings.ubatch // len(shortest.ids)))
-        model.open_context(settings.ubatch, n_ctx, self.max_sequences, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
-        self._n_ctx = n_ctx
+        self.max_sequences = min(MAX_SEQUENCES, max(1, settings.ubatch // shortest.n_new))
+        n_ctx = self.pairs.longest + settings.ubatch  # the prefix, and a batch of what follows it
+        model.open_context(settings.ubatch, n_ctx, self.max_sequences + 1, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
+        self._n_ctx, self._memory = n_ctx, llama.llama_get_memory(model.context)
+        self._prefix: tuple[int, ...] = ()  # what sequence 0 of the KV cache holds
+
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """See Engine.score. The prefix `<bos> A: query \\n` is computed once for all pairs that begin with it."""
+        logits = [math.nan] * len(pairs)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, pair in enumerate(pairs):
+            groups.setdefault(pair.ids[: pair.n_shared], []).append(index)
+        for prefix, indices in groups.items():
+            self._hold(prefix)
+            scored = self._in_batches([pairs[index] for index in indices], lambda pair: pair.n_new, self._score_batch)
+            for index, logit in zip(indices, scored, strict=True):
+                logits[index] = logit
+        return logits
+
+    def _hold(self, prefix: tuple[int, ...]) -> None:
+        if prefix == self._prefix:
+            return
+        self._prefix = ()
+        llama.llama_memory_clear(self._memory, False)
+        if prefix:
+            self._decode(Batch([prefix]), slice(0))
+        self._prefix = prefix
 
     def _score_batch(self, pairs: list[Pair]) -> list[float]:
-        batch = Batch([pair.ids for pair in pairs])
-        if not 0 < batch.n_tokens <= self._n_ctx:
+        batch = Batch([pair.ids[pair.n_shared :] for pair in pairs], len(self._prefix), first_sequence=1)
+        sequences = range(1, len(pairs) + 1)
+        for sequence in sequences:  # marks the prefix's cells, copies nothing
+            llama.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+        try:
+            self._decode(batch, batch.ends)
+            return [self._yes_logit(int(end)) for end in batch.ends]
+        finally:
+            for sequence in sequences:
+                llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def _decode(self, batch: Batch, output: slice | npt.NDArray[np.int64]) -> None:
+        if not 0 < batch.n_tokens <= self._n_ctx - len(self._prefix):
             raise EngineError(f"a batch of {batch.n_tokens} tokens cannot be decoded")
-        context = self._model.context
-        llama.llama_memory_clear(llama.llama_get_memory(context), False)
-        status = llama.llama_decode(context, batch.native(batch.ends))
+        status = llama.llama_decode(self._model.context, batch.native(output))
         if status != 0:
             raise EngineError(f"llama.cpp failed to decode {batch.n_tokens} tokens (status {status})")
-        return [self._yes_logit(int(end)) for end in batch.ends]
 
     def _yes_logit(self, index: int) -> float:
         logits = llama.llama_get_logits_ith(self._model.context, index)

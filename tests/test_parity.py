@@ -5,6 +5,7 @@ Tiny checkpoints with visible spread (tests/checkpoints.py), float32 GGUF agains
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,3 +104,20 @@ def test_a_score_does_not_depend_on_its_company(
     pairs = pairs_of(packing_engine)
     packed = packing_engine.score([pairs[n] for n in order])
     np.testing.assert_allclose(packed, logits_alone[order], rtol=0, atol=TOLERANCE * np.ptp(reference))
+
+
+@pytest.mark.parametrize("n_queries", [1, 3])
+def test_a_prefix_that_is_computed_once_does_not_change_scores(
+    n_queries: int, gguf_of: Gguf, reference_of: Callable[[str], Logits]
+) -> None:
+    """gemma's `A: query` is computed once for all passages; pairs of several requests may meet in one batch."""
+    engine = load_engine(gguf_of("gemma"), max_length=256, ubatch=128)
+    passages = [pair.passage for pair in SCORED_PAIRS]
+    queries = [f"query {number}: " + "which of these says it? " * (1 + 9 * number) for number in range(n_queries)]
+    pairs = [pair for query in queries for pair in engine.pairs.make(query, passages)]
+    random.Random(3).shuffle(pairs)
+    shared = engine.score(pairs)
+    whole = engine.score([dataclasses.replace(pair, n_shared=0) for pair in pairs])
+    engine.close()
+    assert all(pair.n_shared > 5 for pair in pairs)
+    np.testing.assert_allclose(shared, whole, rtol=0, atol=TOLERANCE * np.ptp(reference_of("gemma")))
