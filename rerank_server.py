@@ -29,6 +29,7 @@ engines, scores, roles, HTTP, start.
 from __future__ import annotations
 
 import argparse
+import array
 import contextlib
 import ctypes
 import dataclasses
@@ -110,6 +111,7 @@ class Settings:
     ubatch: int = _setting(512, "tokens packed into one decode (a longer pair gets a decode of its own)", 32, 8192)
     gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
+    cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
     drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
     debug: bool = _setting(False, "serve POST /debug/pair, which shows the token ids of a pair")
 
@@ -363,6 +365,12 @@ class Pair:
     def n_new(self) -> int:
         """Tokens that this pair adds to a batch of its request."""
         return len(self.ids) - self.n_shared
+
+    @property
+    def key(self) -> bytes:
+        """Equal for pairs that the model cannot tell apart (16 bytes of BLAKE2b over the ids)."""
+        ids = array.array("i", (*self.ids, -1, *self.query_ids))
+        return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 class Tokenizer(Protocol):
@@ -1441,6 +1449,37 @@ def sigmoid(logit: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class ScoreCache:
+    """Logits of pairs seen before, the least recently used dropped first. Any thread."""
+
+    ENTRY_BYTES = 256  # measured: key, float, and the ordered dictionary's share
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_entries = max_bytes // self.ENTRY_BYTES
+        self._logits: OrderedDict[bytes, float] = OrderedDict()
+        self.hits = self.misses = 0
+        self._lock = threading.Lock()  # guards all of the above
+
+    def take(self, keys: Iterable[bytes]) -> dict[bytes, float]:
+        """The known ones among `keys`."""
+        with self._lock:
+            known = {key: self._logits[key] for key in keys if key in self._logits}
+            for key in known:
+                self._logits.move_to_end(key)
+            return known
+
+    def put(self, logits: dict[bytes, float], hits: int) -> None:
+        """Keeps what was scored; `hits` of the same request came from here."""
+        with self._lock:
+            self.hits, self.misses = self.hits + hits, self.misses + len(logits)
+            self._logits.update(logits)
+            while len(self._logits) > self._max_entries:
+                self._logits.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+
 class Role:
     """A file, and its engine and scheduler once they are needed."""
 
@@ -1453,6 +1492,7 @@ class Role:
         self._engine: Engine | None = None
         self._scheduler: Scheduler | None = None
         self._closed = False
+        self.cache = ScoreCache(settings.cache_mb * 1_000_000)
 
     @property
     def loaded(self) -> bool:
@@ -1471,13 +1511,23 @@ class Role:
             return self._engine, self._scheduler
 
     def logits(self, query: str, passages: Sequence[str]) -> tuple[list[Pair], list[float]]:
-        """Pairs and their raw logits, in the order of the passages. Raises ModelError and RequestError."""
+        """Pairs and their raw logits, in the order of the passages. Raises ModelError and RequestError.
+
+        Equal pairs are scored once, known ones not at all. The longest go first, so that short ones fill the batches.
+        """
         if not passages:
             return [], []
         engine, scheduler = self.load()
         pairs = engine.pairs.make(query, passages)
-        futures = scheduler.submit(pairs)
-        return pairs, [future.result() for future in futures]
+        keys = [pair.key for pair in pairs]
+        known = self.cache.take(keys)
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        longest_first = sorted(missing, key=lambda key: -missing[key].n_new)
+        futures = scheduler.submit([missing[key] for key in longest_first])
+        scored = {key: future.result() for key, future in zip(longest_first, futures, strict=True)}
+        self.cache.put(scored, hits=len(known))
+        known |= scored
+        return pairs, [known[key] for key in keys]
 
     def close(self) -> None:
         """Answers what was submitted, then frees the model."""
@@ -1601,6 +1651,7 @@ class Application:
             "quantization": description.quantization, "file_bytes": description.file_bytes,
             "max_length": min(description.max_tokens, self._settings.max_length), "loaded": role.loaded,
             "is_fallback": role.name == "m3" and self._roles.is_fallback,
+            "cache": {"entries": len(role.cache), "hits": role.cache.hits, "misses": role.cache.misses},
         }  # fmt: skip
 
     def debug_pair(self, raw: bytes) -> Response:

@@ -252,6 +252,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
     """The format has neither overlaps nor holes, and the data ends where the file does."""
+    outside = next((name for name, info in tensors.items() if info.start + info.n_bytes > size), None)
+    if outside is not None:
+        raise ConvertError(f"{path}: tensor {outside!r:.200} ends beyond the file ({size:,} bytes): download it again")
     position = start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].n_bytes)):
         if info.start != position:

@@ -18,6 +18,7 @@ from .models import Architecture
 
 # llama.h, enum llama_token_type; SentencePiece's ModelProto.SentencePiece.Type has the same numbers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MAX_FILLERS = 255  # rows by which an embedding table may be padded to a round number; more is a truncated vocabulary
 SPACE = "▁"  # U+2581, SentencePiece's visible space
 
 
@@ -43,7 +44,7 @@ def read_vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Vocab
 def _check(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
     """Fills up to config.json's vocab_size, and refuses what makes llama.cpp abort: empty and duplicate tokens."""
     size = checkpoint.config.integer("vocab_size")
-    if len(vocabulary.tokens) > size:
+    if not 0 <= size - len(vocabulary.tokens) <= MAX_FILLERS:
         raise ConvertError(
             f"{checkpoint.directory}: its tokenizer has {len(vocabulary.tokens)} tokens, config.json says {size}"
         )
@@ -130,6 +131,8 @@ def _find_charsmap(normalizer: Any) -> str:
 
 def _read_wordpiece(checkpoint: Checkpoint) -> Vocabulary:
     tokens = _wordpieces(checkpoint)
+    if "" in tokens:
+        raise ConvertError(f"{checkpoint.directory}: token {tokens.index('')} of its vocabulary is empty")
     lowercase, strip_accents = bert_normalization(checkpoint)
     names = {"unknown": "unk", "seperator": "sep", "padding": "pad", "cls": "cls", "mask": "mask"}
     special = _ids_of(checkpoint, tokens, {key: _special_text(checkpoint, name) for key, name in names.items()})

@@ -272,7 +272,9 @@ def test_rows_that_do_not_fit_a_block_are_reported(tmp_path: Path) -> None:
     assert re.search(r"no multiple of 256 fall back to another type: \d+ as Q8_0", done.stderr)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("IQ2_XS", "importance matrix"), ("TQ1_0", "trained"), ("Q9", "there are F32")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("IQ2_XS", "importance matrix"), ("TQ1_0", "trained"), ("Q9", "there are F32")]
+)
 def test_a_quantisation_that_is_not_offered_says_why(name: str, reason: str) -> None:
     done = run_convert("mini", "--quant", name)
     assert done.returncode == 2
@@ -464,7 +466,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_conversion_leaves_no_file_and_the_next_one_starts_clean(number: int, tmp_path: Path) -> None:
     checkpoint, out = make_xlmr(tmp_path / "tiny", layers=4), tmp_path / "out"
-    command = [sys.executable, "-m", "convert", checkpoint, "--quant", "Q8_0", "Q4_K_M", "--out", out]
+    command = [sys.executable, "-m", "convert", str(checkpoint), "--quant", "Q8_0", "Q4_K_M", "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + 60
         while not any(out.glob("*.part")) and time.monotonic() < deadline:
@@ -489,6 +491,7 @@ def peak_memory_of_writing(folder: Path, rows: int) -> int:
     checkpoint = make_gemma(folder, shards=2, hidden_size=64, layers=1)
     config = json.loads((checkpoint / "config.json").read_text())
     enlarge_embeddings(checkpoint, rows)
+    enlarge_vocabulary(checkpoint / "tokenizer.model", rows)
     sizes = {"vocab_size": rows, "hidden_size": COLUMNS, "intermediate_size": 2 * COLUMNS, "head_dim": 128}
     (checkpoint / "config.json").write_text(json.dumps(config | sizes))
     code = f"""
@@ -502,6 +505,16 @@ def peak_memory_of_writing(folder: Path, rows: int) -> int:
     assert done.returncode == 0, done.stderr
     shutil.rmtree(folder)
     return int(done.stdout)
+
+
+def enlarge_vocabulary(path: Path, size: int) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    for index in range(len(model.pieces), size):
+        model.pieces.add(piece=f"piece{index}", score=-float(index))
+    path.write_bytes(model.SerializeToString())
 
 
 def enlarge_embeddings(checkpoint: Path, rows: int) -> None:

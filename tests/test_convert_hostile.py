@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -99,10 +100,18 @@ def write(name: str, content: bytes) -> Edit:
     return edit
 
 
+def edit_vocabulary(change: Callable[[list[str]], list[str]]) -> Edit:
+    def edit(directory: Path) -> None:
+        path = directory / "vocab.txt"
+        path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+
+    return edit
+
+
 def overlap(header: dict[str, Any]) -> None:
     names = [name for name in header if name != "__metadata__"]
     norms = [name for name in names if header[name]["shape"] == [128]]
-    header[norms[0]]["data_offsets"] = header[norms[1]]["data_offsets"]
+    header[norms[-1]]["data_offsets"] = header[norms[0]]["data_offsets"]
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -133,7 +142,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "an unknown dtype": (entry(dtype="F7"), "classifier.bias"),
     "a dtype that is a list": (entry(dtype=["F32"]), "classifier.bias"),
     "a dtype of integers": (entry(dtype="I32"), "classifier.bias is I32"),
-    "a tensor that nothing maps": (edit_tensors(lambda t: t.update(extra=np.zeros(3, np.float32))), "extra is not part"),
+    "a tensor that nothing maps": (edit_tensors(lambda t: t.update(extra=np.zeros(3, "f4"))), "extra is not part"),
     "a missing tensor": (edit_tensors(lambda t: t.pop(QUERY)), f"{QUERY} is missing"),
     "a wrong shape": (edit_tensors(lambda t: t.update({QUERY: np.zeros((128, 64), np.float32)})), "has shape"),
     "a NaN": (edit_tensors(lambda t: t[QUERY].__setitem__((0, 0), np.nan)), "holds NaN or infinity"),
@@ -157,9 +166,11 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "config.json that is a list": (write("config.json", b"[]"), "expected a JSON object"),
     "config.json that is deep": (write("config.json", DEEP), "config.json"),
     "config.json in latin-1": (write("config.json", b'{"a": "\xe9"}'), "config.json"),
-    "a duplicate piece": (write("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n"), "the same token as"),
-    "an empty piece": (write("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\nb\n"), "tiny"),
-    "no special tokens": (write("vocab.txt", b"a\nb\n"), "its vocabulary has no"),
+    "a duplicate piece": (edit_vocabulary(lambda pieces: [*pieces[:-1], pieces[-2]]), "the same token as"),
+    "an empty piece": (edit_vocabulary(lambda pieces: [*pieces[:-1], ""]), "of its vocabulary is empty"),
+    "a truncated vocabulary": (edit_vocabulary(lambda pieces: pieces[:300]), "config.json says"),
+    "a vocabulary that is too long": (edit_vocabulary(lambda pieces: [*pieces, "one", "more"]), "config.json says"),
+    "no special tokens": (edit_vocabulary(lambda pieces: [f"a{piece}" for piece in pieces]), "has no [CLS]"),
     "no vocabulary": (lambda directory: (directory / "vocab.txt").unlink(), "vocab.txt"),
     "no config.json": (lambda directory: (directory / "config.json").unlink(), "config.json"),
 }
@@ -343,10 +354,8 @@ def test_any_damaged_checkpoint_is_read_or_refused(
     length = 8 + struct.unpack("<Q", raw[:8])[0]
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     path.write_bytes(flip(raw[:length], changes, cut) + raw[length:])
-    try:
+    with contextlib.suppress(ConvertError):
         read_header(path)
-    except ConvertError:
-        pass
 
 
 @pytest.fixture(scope="session")
@@ -365,10 +374,8 @@ def test_any_damaged_gguf_is_read_or_refused(
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     header = gguf_bytes[:4096]  # counts, keys and types are there; most of the rest is vocabulary and weights
     path.write_bytes(flip(header, changes, cut) + (b"" if cut else gguf_bytes[4096:]))
-    try:
+    with contextlib.suppress(ConvertError):
         GgufFile.open(path)
-    except ConvertError:
-        pass
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGML" + bytes(100), b"GGUF" + struct.pack("<IQQ", 9, 0, 0),

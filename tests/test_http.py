@@ -39,9 +39,11 @@ class FakeEngine:
         self.fail: Exception | None = None
         self.logit: float | None = None
         self.closed = 0
+        self.n_scored = 0
 
     def score(self, pairs: Sequence[server.Pair]) -> list[float]:
         assert self.block.wait(30)
+        self.n_scored += len(pairs)
         if self.fail:
             raise self.fail
         return [float(len(pair.ids) - 3) if self.logit is None else self.logit for pair in pairs]
@@ -291,9 +293,36 @@ def test_an_engine_that_raises_fails_its_batch_and_the_server_lives(running: Run
 
 
 def test_extreme_logits_stay_scores(running: Running) -> None:
-    for logit, expected in ((1000.0, 1.0), (-1000.0, 0.0)):
+    for passage, logit, expected in (("a", 1000.0, 1.0), ("a b", -1000.0, 0.0)):
         running.engine.logit = logit
-        assert running.rerank({"query": "q", "passages": ["a"]})[1] == [expected]
+        assert running.rerank({"query": "q", "passages": [passage]})[1] == [expected]
+
+
+def test_a_pair_is_scored_once_however_often_it_is_asked_for(running: Running) -> None:
+    body = {"query": "q", "passages": ["a b", "a", "a b", "a b"]}
+    assert running.rerank(body)[1] == running.rerank(body)[1] == pytest.approx([0.5, sigmoid(-1), 0.5, 0.5])
+    assert running.engine.n_scored == 2
+    cache = running.request("GET", "/health")[1]["models"]["m3"]["cache"]
+    assert cache == {"entries": 2, "hits": 2, "misses": 2}
+    assert running.rerank({"query": "other", "passages": ["a b"]})[0] == 200
+    assert running.engine.n_scored == 3, "another query is another pair"
+
+
+def test_the_cache_forgets_the_least_recently_used_and_stays_in_its_bounds() -> None:
+    cache = server.ScoreCache(3 * server.ScoreCache.ENTRY_BYTES)
+    for key in (b"a", b"b", b"c"):
+        cache.put({key: 1.0}, 0)
+    cache.take([b"a"])
+    cache.put({b"d": 1.0}, 0)
+    assert set(cache.take([b"a", b"b", b"c", b"d"])) == {b"a", b"c", b"d"}
+    assert len(cache) == 3
+
+
+def test_a_failure_is_not_remembered(running: Running) -> None:
+    running.engine.fail = RuntimeError("once")
+    assert running.rerank({"query": "q", "passages": ["a"]})[0] == 500
+    running.engine.fail = None
+    assert running.rerank({"query": "q", "passages": ["a"]})[0] == 200
 
 
 def test_health_says_which_file_serves(running: Running) -> None:
