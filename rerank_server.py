@@ -1912,7 +1912,7 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
 def _role_lines(title: str, role: Role, settings: Settings) -> list[str]:
     model = role.description
     lines = [
-        f"  {title}  {model.path}",
+        f"  {title}  {os.path.relpath(model.path)}",
         f"    {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB, "
         f"at most {min(model.max_tokens, settings.max_length):,} tokens",
     ]

@@ -67,17 +67,24 @@ class Output:
 def convert(arguments: argparse.Namespace) -> int:
     """The steps, in order. Raises ConvertError."""
     source = models.find_source(arguments.source)
-    quantizations = _wanted(arguments.quant or [source.quantization])
+    quantizations = list(dict.fromkeys(find_quantization(name) for name in arguments.quant or [source.quantization]))
+    if arguments.keep_f16 and F16 not in quantizations:
+        quantizations.append(F16)
     fetched = download.fetch(source, arguments.revision)
     job = Job.open(fetched.directory, source.repo or source.name, fetched.revision)
     output = Output(arguments.out, source.name)
     with output.opened():
         _check_disk_space(arguments.out, job, quantizations)
         base = write_base(job, output, source in models.NAMED.values())
-        reports = [convert_one(job, output, base, quantization) for quantization in quantizations]
-        if arguments.keep_f16 and F16 not in quantizations:
-            reports.append(convert_one(job, output, base, F16))
+        # F16 comes last: its .part is what the others are made from, until it gets its name
+        made = {
+            quantization: convert_one(job, output, base, quantization)
+            for quantization in sorted(quantizations, key=lambda quantization: quantization is F16)
+        }
+    reports = [made[quantization] for quantization in quantizations]
     print(verify.summary_table(reports))
+    good = [report.name for report in reports if not report.problem]
+    print(f"\nIn {os.path.relpath(arguments.out)}: {', '.join(good) or 'nothing'}")
     for report in reports:
         if report.problem:
             print(f"convert: {report.name} was not written: {report.problem}", file=sys.stderr)
@@ -119,12 +126,6 @@ def convert_one(job: Job, output: Output, base: Scored, quantization: Quantizati
         file.record(report.verification())
         output.finish(quantization)
     return report
-
-
-def _wanted(names: Sequence[str]) -> list[Quantization]:
-    """F16 comes last: its .part is what the others are made from, until it gets its name."""
-    found = dict.fromkeys(find_quantization(name) for name in names)
-    return sorted(found, key=lambda quantization: quantization is F16)
 
 
 def _check_disk_space(folder: Path, job: Job, quantizations: Sequence[Quantization]) -> None:

@@ -32,7 +32,7 @@ from .tensors import Tensor
 
 SERVER = ROOT / "rerank_server.py"
 # A trained reranker puts the built-in relevant passages more than this many logits above the irrelevant ones, on
-# average (the two MiniLM models: 3.2 and 2.4; random weights: under 0.3). Below it the logits are noise, and no limit
+# average (the two MiniLM models: 2.1 and 2.4; random weights: under 0.3). Below it the logits are noise, and no limit
 # is applied to how quantising changes them.
 CLEAR_MARGIN = 1.0
 # Below this mean difference of logits a file passes whatever its drift: a score changes by less than 0.005 (a quarter
