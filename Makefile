@@ -37,7 +37,7 @@ convert: install ## convert m3 and gemma, or one: MODEL=m3 [QUANT=Q5_K_S]
 verify: mini ## compare the mini model's quantisations with float32: token ids, logits, ranks, speed
 	$(BIN)/python -m convert mini --quant F32 F16 Q8_0 Q5_0 --out build/verify
 
-test: $(VENV)/.installed-dev ## run the whole test suite
+test: $(VENV)/.installed-dev mini ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy

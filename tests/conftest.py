@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoints  # noqa: E402
+from server_process import ServerProcess  # noqa: E402
 
 import rerank_server  # noqa: E402
 
@@ -84,3 +85,14 @@ def golden() -> dict[str, Any]:
     """The reference's answers for each of ARCHITECTURES, made by tests/golden/make_golden.py."""
     folder = Path(__file__).resolve().parent / "golden"
     return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def mini_server() -> Iterator[str]:
+    """URL of a server with the real mini model, which `make test` makes before it runs the tests."""
+    file = ROOT / "models" / "mini-Q8_0.gguf"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there: `make mini` makes it")
+    server = ServerProcess("--m3", file)
+    yield server.url
+    assert server.stop() == 0

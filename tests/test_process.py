@@ -4,62 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, Gguf
+from golden.inputs import SCORED_PAIRS
+from server_process import ServerProcess
 
 import rerank_server
 
 START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 40
-
-
-class ServerProcess:
-    """`python rerank_server.py --port 0 ARGUMENTS`, waited for until it listens. `report` is what it printed."""
-
-    def __init__(self, *arguments: str | Path, **environment: str) -> None:
-        command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", "0", *map(str, arguments)]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-        )
-        assert self._process.stdout is not None
-        lines: list[str] = []
-        for line in self._process.stdout:
-            lines.append(line)
-            if "curl " in line:
-                break
-        self.report = "".join(lines)
-        found = re.search(r"listening on (\S+)", self.report)
-        assert found, f"{self.report}\n{self._process.communicate(timeout=10)}"
-        self.url = found.group(1)
-
-    def rerank(self, **body: Any) -> tuple[int, Any, dict[str, str]]:
-        request = urllib.request.Request(f"{self.url}/rerank", json.dumps(body).encode())
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer), dict(answer.headers)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error), dict(error.headers)
-
-    def health(self) -> Any:
-        with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
-            return json.load(answer)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self._process.send_signal(number)
-        _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)
-        return self._process.returncode
+# A sigmoid's slope is at most 1/4, and tests/test_parity.py holds logits to 1/400 of their range, which is at most 6.
+SCORE_TOLERANCE = 0.004
 
 
 def run(*arguments: str | Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -106,6 +69,22 @@ def test_thirty_passages_score_as_thirty_single_ones(process: ServerProcess) -> 
         single = [process.rerank(query="which number?", passages=[text], use_llm=use_llm)[1][0] for text in passages]
         assert together == pytest.approx(single, abs=2e-3), use_llm  # batch invariance: see tests/test_parity.py
         assert len(set(together)) > 5, "scores that hardly differ would hide a mix-up"
+
+
+@pytest.mark.parametrize("name", ["xlmr", "bert", "gemma"])
+def test_the_served_score_is_the_references(name: str, gguf_of: Gguf, golden: dict[str, Any]) -> None:
+    """From the socket: float32 file of a tiny checkpoint against golden logits made once with transformers."""
+    role = "--gemma" if name == "gemma" else "--m3"
+    others: list[str | Path] = ["--m3", gguf_of("xlmr")] if name == "gemma" else []
+    server = ServerProcess(role, gguf_of(name), *others, "--max-length", "512")
+    pairs = [(pair, logit) for pair, logit in zip(SCORED_PAIRS, golden[name]["logits"], strict=True)
+             if pair.max_length == 512]  # fmt: skip
+    for query in {pair.query for pair, _ in pairs}:
+        mine = [(pair.passage, logit) for pair, logit in pairs if pair.query == query]
+        scores = server.rerank(query=query, passages=[text for text, _ in mine], use_llm=name == "gemma")[1]
+        expected = [rerank_server.sigmoid(logit) for _, logit in mine]
+        assert scores == pytest.approx(expected, abs=SCORE_TOLERANCE)
+    assert server.stop() == 0
 
 
 def test_use_llm_is_served_by_the_gemma_file_and_loads_it_on_demand(models: Path) -> None:

@@ -1,0 +1,54 @@
+"""A server process for tests, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_TIMEOUT_S = 40
+
+
+class ServerProcess:
+    """`python rerank_server.py --port 0 ARGUMENTS`, waited for until it listens. `report` is what it printed."""
+
+    def __init__(self, *arguments: str | Path, **environment: str) -> None:
+        command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", "0", *map(str, arguments)]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        assert self._process.stdout is not None
+        lines: list[str] = []
+        for line in self._process.stdout:
+            lines.append(line)
+            if "curl " in line:
+                break
+        self.report = "".join(lines)
+        found = re.search(r"listening on (\S+)", self.report)
+        assert found, f"{self.report}\n{self._process.communicate(timeout=10)}"
+        self.url = found.group(1)
+
+    def rerank(self, **body: Any) -> tuple[int, Any, dict[str, str]]:
+        request = urllib.request.Request(f"{self.url}/rerank", json.dumps(body).encode())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error), dict(error.headers)
+
+    def health(self) -> Any:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
+            return json.load(answer)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self._process.send_signal(number)
+        _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)
+        return self._process.returncode
