@@ -352,14 +352,18 @@ class Pair:
     ids: token ids with their specials. passage_start: index in ids at which the passage part begins.
     query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
     n_shared: how many leading ids are computed once for all pairs of a query (decoders only: a prefix stands alone).
-    truncated: whether tokens of the query or the passage were cut.
+    n_dropped: tokens of the query and the passage that were cut.
     """
 
     ids: tuple[int, ...]
     passage_start: int
-    truncated: bool
+    n_dropped: int
     query_ids: tuple[int, ...] = ()
     n_shared: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.n_dropped > 0
 
     @property
     def n_new(self) -> int:
@@ -401,11 +405,12 @@ class CrossEncoderPairs:
         full_query = self._tokenize(query)
         head = (self._first, *full_query[: limit * 3 // 4], *self._separators)
         room = max(0, limit - len(head) - 1)
-        query_cut = len(full_query) > limit * 3 // 4
+        query_dropped = max(0, len(full_query) - limit * 3 // 4)
         pairs = []
         for passage in passages:
             ids = self._tokenize(passage)
-            pairs.append(Pair((*head, *ids[:room], self._last), len(head), query_cut or len(ids) > room))
+            dropped = query_dropped + max(0, len(ids) - room)
+            pairs.append(Pair((*head, *ids[:room], self._last), len(head), dropped))
         return pairs
 
 
@@ -427,12 +432,12 @@ class PromptPairs:
         full_query = self._tokenize(self._parts.query_prefix + query)
         head = (self._bos, *full_query[: limit * 3 // 4], *self._separator)
         room = min(limit, max(0, limit + len(self._tail) - len(head)))
-        query_cut = len(full_query) > limit * 3 // 4
+        query_dropped = max(0, len(full_query) - limit * 3 // 4)
         pairs = []
         for passage in passages:
             ids = self._tokenize(self._parts.passage_prefix + passage)
-            cut = query_cut or len(ids) > room
-            pairs.append(Pair((*head, *ids[:room], *self._tail), len(head), cut, n_shared=len(head)))
+            dropped = query_dropped + max(0, len(ids) - room)
+            pairs.append(Pair((*head, *ids[:room], *self._tail), len(head), dropped, n_shared=len(head)))
         return pairs
 
 
@@ -450,8 +455,8 @@ class TextPairs:
         pairs = []
         for passage in passages:
             ids = self._tokenize(passage)
-            cut = len(ids) > room or len(full_query) > room
-            pairs.append(Pair((self._first, *ids[:room], self._last), 1, cut, query_ids))
+            dropped = max(0, len(ids) - room) + max(0, len(full_query) - room)
+            pairs.append(Pair((self._first, *ids[:room], self._last), 1, dropped, query_ids))
         return pairs
 
 
@@ -1207,11 +1212,24 @@ class RankPoolingEngine(LlamaEngine):
 def _cross_encoder_pairs(model: LlamaModel, description: ModelDescription, max_length: int) -> CrossEncoderPairs:
     vocab = model.vocab
     if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_WPM:
-        first, last = llama.llama_vocab_bos(vocab), llama.llama_vocab_sep(vocab)
-        tokenizer = _word_piece(model, description)
-        return CrossEncoderPairs(tokenizer, first, [last], last, max_length)
-    first, last = llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)
+        first, last = _bert_frame(model, description)
+        return CrossEncoderPairs(_word_piece(model, description), first, [last], last, max_length)
+    first = _special(model, description, llama.llama_vocab_bos(vocab), "<s>")
+    last = _special(model, description, llama.llama_vocab_eos(vocab), "</s>")
     return CrossEncoderPairs(XlmRobertaTokenizer(vocab), first, [last, last], last, max_length)
+
+
+def _bert_frame(model: LlamaModel, description: ModelDescription) -> tuple[int, int]:
+    first = _special(model, description, llama.llama_vocab_bos(model.vocab), "[CLS]")
+    return first, _special(model, description, llama.llama_vocab_sep(model.vocab), "[SEP]")
+
+
+def _special(model: LlamaModel, description: ModelDescription, token_id: int, text: str) -> int:
+    """token_id, if it is what frames a pair. (The converter may store a control token under a longer spelling.)"""
+    piece = model.piece(token_id) if token_id >= 0 else "nothing"
+    if not piece.startswith(text):
+        raise ModelError(f"{description.path}: its metadata names {piece!r} where {text!r} belongs; {_MAKE}")
+    return token_id
 
 
 def _word_piece(model: LlamaModel, description: ModelDescription) -> WordPieceTokenizer:
@@ -1273,7 +1291,7 @@ class YesLogitEngine(LlamaEngine):
         model = LlamaModel(description, settings)
         super().__init__(description, model, settings)
         tokenizer = VocabTokenizer(model.vocab)
-        bos = llama.llama_vocab_bos(model.vocab)
+        bos = _special(model, description, llama.llama_vocab_bos(model.vocab), "<bos>")
         limit = min(settings.max_length, description.max_tokens)
         self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
         self._yes = _yes_token(gguf, tokenizer)
@@ -1347,7 +1365,7 @@ class EmbeddingEngine(LlamaEngine):
     def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
         model = LlamaModel(description, settings)
         super().__init__(description, model, settings)
-        first, last = llama.llama_vocab_bos(model.vocab), llama.llama_vocab_sep(model.vocab)
+        first, last = _bert_frame(model, description)
         limit = min(settings.max_length, description.max_tokens)
         self.pairs = TextPairs(_word_piece(model, description), first, last, limit)
         self._n_embd = llama.llama_model_n_embd(model.model)
@@ -1665,7 +1683,7 @@ class Application:
         pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
         return Response(200, {
             "model": role.description.name, **sequences, **pieces, "passage_start": pair.passage_start,
-            "truncated": pair.truncated, "logit": logit, "score": sigmoid(logit),
+            "n_dropped": pair.n_dropped, "logit": logit, "score": sigmoid(logit),
         })  # fmt: skip
 
 

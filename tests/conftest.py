@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,16 @@ import rerank_server  # noqa: E402
 ARCHITECTURES = ("xlmr", "bert", "bi", "gemma")
 CONVERT_TIMEOUT_S = 120
 
+FUZZED: defaultdict[str, Counter[str]] = defaultdict(Counter)  # what was tried, for the end of the report
+
 Gguf = Callable[..., Path]
 EngineOf = Callable[[str], rerank_server.LlamaEngine]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for name, counts in FUZZED.items():
+        shown = ", ".join(f"{count} {what}" for what, count in counts.items())
+        terminalreporter.write_line(f"fuzzed {name}: {shown}")
 
 
 def convert(checkpoint: Path, out: Path, *quantizations: str) -> list[Path]:

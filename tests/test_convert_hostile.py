@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import make_bert, make_bi, make_gemma, make_xlmr
+from conftest import FUZZED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -335,9 +336,11 @@ def test_any_safetensors_header_is_read_or_refused(
     raw = json.dumps(header).encode()
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(n_bytes))
+    FUZZED["safetensors headers"]["tried"] += 1
     try:
         tensors = read_header(path)
     except ConvertError:
+        FUZZED["safetensors headers"]["refused"] += 1
         return
     for info in tensors.values():  # what is accepted lies inside the file
         assert 8 + len(raw) <= info.start
@@ -354,8 +357,10 @@ def test_any_damaged_checkpoint_is_read_or_refused(
     length = 8 + struct.unpack("<Q", raw[:8])[0]
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     path.write_bytes(flip(raw[:length], changes, cut) + raw[length:])
+    FUZZED["damaged checkpoints"]["tried"] += 1
     with contextlib.suppress(ConvertError):
         read_header(path)
+        FUZZED["damaged checkpoints"]["still readable"] += 1
 
 
 @pytest.fixture(scope="session")
@@ -374,8 +379,10 @@ def test_any_damaged_gguf_is_read_or_refused(
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     header = gguf_bytes[:4096]  # counts, keys and types are there; most of the rest is vocabulary and weights
     path.write_bytes(flip(header, changes, cut) + (b"" if cut else gguf_bytes[4096:]))
+    FUZZED["the converter's GGUF reader"]["tried"] += 1
     with contextlib.suppress(ConvertError):
         GgufFile.open(path)
+        FUZZED["the converter's GGUF reader"]["still readable"] += 1
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGML" + bytes(100), b"GGUF" + struct.pack("<IQQ", 9, 0, 0),

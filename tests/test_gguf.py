@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import ROOT, Gguf
+from conftest import FUZZED, ROOT, Gguf
 
 import rerank_server as server
 
@@ -132,6 +132,16 @@ def test_another_tokenizer_than_the_recorded_one_is_refused(gguf_of: Gguf, tmp_p
     assert "other ids than the reference" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [("xlmr", "eos", "'</s>' belongs"), ("bert", "seperator", "'[SEP]' belongs"), ("gemma", "bos", "'<bos>' belongs")],
+)
+def test_a_wrong_special_token_is_refused(name: str, key: str, words: str, gguf_of: Gguf, tmp_path: Path) -> None:
+    """For example an XLM-R file without the key: llama.cpp then takes T5's </s>, which is XLM-R's <pad>."""
+    path = rewrite(gguf_of(name), tmp_path / "special.gguf", {f"tokenizer.ggml.{key}_token_id": 40})
+    assert words in refusal(path)
+
+
 def test_a_yes_token_that_is_not_the_tokenizers_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
     assert "'Yes'" in refusal(rewrite(gguf_of("gemma"), tmp_path / "yes.gguf", {"rerank.yes_token_id": 9}))
 
@@ -186,7 +196,7 @@ def test_damaged_files_never_crash_the_reader(name: str, gguf_of: Gguf, tmp_path
     damage = tmp_path / "damaged.txt"
     assert done.returncode == 0, f"{damage.read_text()}\n{done.stderr[-2000:]}"
     counts = json.loads(done.stdout)
-    print(f"\n{name}: {counts}")
+    FUZZED[f"the server's GGUF reader ({name})"].update(counts)
     assert counts["tried"] >= 20
     assert counts["refused"] > 0
     assert "refused in several lines" not in counts

@@ -23,7 +23,7 @@ class FakePairs:
     longest = 1024
 
     def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[server.Pair]:
-        return [server.Pair((len(query), *range(len(text.split()))), 1, len(text) > 1000) for text in passages]
+        return [server.Pair((len(query), *range(len(text.split()))), 1, max(0, len(text) - 1000)) for text in passages]
 
 
 class FakeEngine:
