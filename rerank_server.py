@@ -384,12 +384,71 @@ class Tokenizer(Protocol):
 
 
 class Pairs(Protocol):
-    longest: int  # tokens of the longest pair that make() returns
+    """Any thread."""
 
-    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]: ...
+    longest: int  # tokens of the longest pair that is made
+
+    def make(
+        self, query: str, passages: Sequence[str], max_length: int | None = None, max_passage: int | None = None,
+        keep_end: bool = False,
+    ) -> list[Pair]:  # fmt: skip
+        """One pair for each passage, cut to max_length and the passage to max_passage tokens, from its end or start."""
+
+    def windows(self, query: str, passage: str, max_length: int | None = None) -> list[Pair]:
+        """Pairs with overlapping windows of the passage (a quarter of each), which together hold all of it."""
 
 
-class CrossEncoderPairs:
+@dataclass(frozen=True)
+class Frame:
+    """What surrounds the passage of a pair: head and tail are whole, the passage gets `room` tokens."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+    room: int
+    n_dropped: int  # tokens of the query that were cut
+    query_ids: tuple[int, ...] = ()
+    n_shared: int = 0
+
+    def pair(self, ids: Sequence[int], n_dropped: int) -> Pair:
+        ids = (*self.head, *ids, *self.tail)
+        return Pair(ids, len(self.head), self.n_dropped + n_dropped, self.query_ids, self.n_shared)
+
+
+class FramedPairs:
+    """Implements Pairs; a subclass says how its model frames a passage."""
+
+    passage_prefix = ""
+
+    def __init__(self, tokenize: Tokenizer, max_length: int) -> None:
+        self._tokenize, self._max_length = tokenize, max_length
+        self.longest = max_length
+
+    def make(
+        self, query: str, passages: Sequence[str], max_length: int | None = None, max_passage: int | None = None,
+        keep_end: bool = False,
+    ) -> list[Pair]:  # fmt: skip
+        """See Pairs.make."""
+        frame = self._frame(query, min(max_length or self._max_length, self._max_length))
+        room = min(frame.room, max_passage or frame.room)
+        pairs = []
+        for passage in passages:
+            ids = self._tokenize(self.passage_prefix + passage)
+            kept = ids[max(0, len(ids) - room) :] if keep_end else ids[:room]
+            pairs.append(frame.pair(kept, len(ids) - len(kept)))
+        return pairs
+
+    def windows(self, query: str, passage: str, max_length: int | None = None) -> list[Pair]:
+        """See Pairs.windows."""
+        frame = self._frame(query, min(max_length or self._max_length, self._max_length))
+        ids, overlap = self._tokenize(self.passage_prefix + passage), frame.room // 4
+        starts = range(0, max(1, len(ids) - overlap), max(1, frame.room - overlap))
+        return [frame.pair(ids[start : start + frame.room], 0) for start in starts]
+
+    def _frame(self, query: str, max_length: int) -> Frame:
+        raise NotImplementedError
+
+
+class CrossEncoderPairs(FramedPairs):
     """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagEmbedding's FlagReranker does.
 
     The query is cut to 3/4 of max_length, the passage to max_length, then only the passage is shortened until the pair
@@ -397,24 +456,16 @@ class CrossEncoderPairs:
     """
 
     def __init__(self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int, max_length: int) -> None:
-        self._tokenize, self._first, self._separators, self._last = tokenize, first, tuple(separators), last
-        self.longest = max_length
+        super().__init__(tokenize, max_length)
+        self._first, self._separators, self._last = first, tuple(separators), last
 
-    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]:
-        limit = min(max_length or self.longest, self.longest)
-        full_query = self._tokenize(query)
-        head = (self._first, *full_query[: limit * 3 // 4], *self._separators)
-        room = max(0, limit - len(head) - 1)
-        query_dropped = max(0, len(full_query) - limit * 3 // 4)
-        pairs = []
-        for passage in passages:
-            ids = self._tokenize(passage)
-            dropped = query_dropped + max(0, len(ids) - room)
-            pairs.append(Pair((*head, *ids[:room], self._last), len(head), dropped))
-        return pairs
+    def _frame(self, query: str, max_length: int) -> Frame:
+        ids, kept = self._tokenize(query), max_length * 3 // 4
+        head = (self._first, *ids[:kept], *self._separators)
+        return Frame(head, (self._last,), max(0, max_length - len(head) - 1), max(0, len(ids) - kept))
 
 
-class PromptPairs:
+class PromptPairs(FramedPairs):
     """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own (FlagLLMReranker).
 
     The passage part is cut so that everything before the last separator fits max_length + len(separator) +
@@ -422,42 +473,30 @@ class PromptPairs:
     """
 
     def __init__(self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int) -> None:
-        self._tokenize, self._bos, self._parts, self._max_length = tokenize, bos, parts, max_length
+        super().__init__(tokenize, max_length)
+        self._bos, self._parts, self.passage_prefix = bos, parts, parts.passage_prefix
         self._separator = tuple(tokenize(parts.separator))
         self._tail = self._separator + tuple(tokenize(parts.prompt))
         self.longest = max_length + 2 * len(self._tail)
 
-    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]:
-        limit = min(max_length or self._max_length, self._max_length)
-        full_query = self._tokenize(self._parts.query_prefix + query)
-        head = (self._bos, *full_query[: limit * 3 // 4], *self._separator)
-        room = min(limit, max(0, limit + len(self._tail) - len(head)))
-        query_dropped = max(0, len(full_query) - limit * 3 // 4)
-        pairs = []
-        for passage in passages:
-            ids = self._tokenize(self._parts.passage_prefix + passage)
-            dropped = query_dropped + max(0, len(ids) - room)
-            pairs.append(Pair((*head, *ids[:room], *self._tail), len(head), dropped, n_shared=len(head)))
-        return pairs
+    def _frame(self, query: str, max_length: int) -> Frame:
+        ids, kept = self._tokenize(self._parts.query_prefix + query), max_length * 3 // 4
+        head = (self._bos, *ids[:kept], *self._separator)
+        room = min(max_length, max(0, max_length + len(self._tail) - len(head)))
+        return Frame(head, self._tail, room, max(0, len(ids) - kept), n_shared=len(head))
 
 
-class TextPairs:
+class TextPairs(FramedPairs):
     """Bi-encoder: query and passage are each `[CLS] text [SEP]`, cut to max_length (sentence-transformers)."""
 
     def __init__(self, tokenize: Tokenizer, first: int, last: int, max_length: int) -> None:
-        self._tokenize, self._first, self._last = tokenize, first, last
-        self.longest = max_length
+        super().__init__(tokenize, max_length)
+        self._first, self._last = first, last
 
-    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[Pair]:
-        room = min(max_length or self.longest, self.longest) - 2
-        full_query = self._tokenize(query)
-        query_ids = (self._first, *full_query[:room], self._last)
-        pairs = []
-        for passage in passages:
-            ids = self._tokenize(passage)
-            dropped = max(0, len(ids) - room) + max(0, len(full_query) - room)
-            pairs.append(Pair((self._first, *ids[:room], self._last), 1, dropped, query_ids))
-        return pairs
+    def _frame(self, query: str, max_length: int) -> Frame:
+        ids, room = self._tokenize(query), max_length - 2
+        query_ids = (self._first, *ids[:room], self._last)
+        return Frame((self._first,), (self._last,), room, max(0, len(ids) - room), query_ids)
 
 
 class VocabTokenizer:

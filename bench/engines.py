@@ -77,7 +77,7 @@ def _our_body(role: str) -> Callable[[str, list[str]], dict[str, Any]]:
 
 
 def llama_server(setup: Setup, port: int, quantization: str) -> list[str]:
-    """Its defaults, as people run it; --parallel 1 where it would split its context among slots is not its default."""
+    """With its defaults, as people run it."""
     folders = f"{setup.peers_python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     binary = shutil.which("llama-server", path=folders)
     if binary is None:
@@ -94,7 +94,7 @@ def python_peer(setup: Setup, port: int, recipe: str, needs: tuple[str, ...]) ->
         if subprocess.run([setup.peers_python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
             raise MissingError(f"{setup.peers_python} has no working {module}")
     source = setup.files.get("Q8_0", setup.checkpoint) if recipe == "llama-cpp-python" else setup.checkpoint
-    return [str(setup.peers_python), str(ROOT / "bench" / "peers.py"), recipe, setup.role, str(source), str(port)]
+    return [str(setup.peers_python), "-m", "bench.peers", recipe, setup.role, str(source), str(port)]
 
 
 def _python(name: str, recipe: str, *needs: str) -> Engine:
