@@ -6,7 +6,8 @@ The promise: `POST /rerank {"query": str, "passages": [str], "use_llm": bool}` a
 up to the error of the quantisation. What cannot be scored is an error, never a number.
 
     POST /rerank       the scores (use_llm false: the m3 role, true: the gemma role)
-    GET  /health       alive, and which file serves which role
+    POST /rerank, /v1/rerank, /v2/rerank, /score    the same in the words of other servers' clients (see CONTRACTS)
+    GET  /health       alive, and which file serves which role; /v1/models, /info, /openapi.json, /docs
     POST /debug/pair   the token ids that the model sees for one pair (only with --debug)
 
 A file is opened only after it was checked (`python rerank_server.py --check FILE` does just that): what scoring depends
@@ -14,16 +15,16 @@ on is in the GGUF's metadata, under `rerank.*` when this project converted it.
 
 One request, from socket to floats:
 
-    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Role.engine -> Pairs.make (text to token ids)
-                         -> Scheduler.submit -> waits on the futures
+    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Application.rank -> Role.score -> pairs_of (text to
+                         token ids) -> ScoreCache -> Scheduler.submit -> waits on the futures
     scheduler thread     Queue.next_batch (pairs up to a token budget) -> Engine.score (one llama.cpp decode) -> futures
-    HTTP thread          score (sigmoid; NaN refused) -> JSON
+    HTTP thread          score (sigmoid; NaN refused) -> the contract's writer -> JSON
 
 Each model has one scheduler thread, and only that thread touches the model's llama context; so no lock guards it.
 Tokenising is safe from any thread (llama.h) and happens in the HTTP threads.
 
 The file is in the order in which the data flows: settings, errors, request, pairs, queue and scheduler, GGUF metadata,
-engines, scores, roles, HTTP, start.
+engines, scores, roles, response, HTTP, start.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import hmac
+import html
 import http.server
+import itertools
 import json
 import logging
 import math
@@ -52,6 +56,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -82,6 +87,8 @@ MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built f
 MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
 QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
 MAX_REQUEST_LINE_BYTES = 65536
+MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
+OPEN_ROUTES = ("/health",)
 SOCKET_TIMEOUT_S = 60
 LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
 MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma", "mini": "make run"}
@@ -113,6 +120,8 @@ class Settings:
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
     cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
     drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
+    api_key: str = _setting("", "clients must send it as `Authorization: Bearer KEY` (not for /health)")
+    strict_model: bool = _setting(False, "answer 404 to an unknown model name instead of taking the default model")
     debug: bool = _setting(False, "serve POST /debug/pair, which shows the token ids of a pair")
 
     def __post_init__(self) -> None:
@@ -206,7 +215,8 @@ def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str
 #
 #   RequestError                what a client is told; each type carries its HTTP status and its error_type
 #     BadRequestError   400
-#     NotFoundError     404
+#     UnauthorizedError 401
+#     NotFoundError     404       ModelNotFoundError: with --strict-model
 #     MethodError       405
 #     LengthError       411
 #     TooLargeError     413
@@ -226,12 +236,14 @@ class RequestError(Exception):
         super().__init__(message)
         self.message, self.param, self.headers = message, param, headers or {}
 
-    def body(self) -> dict[str, Any]:
-        """One body that every family of clients can read: `error.message`, `message` (Cohere), `detail` (Jina)."""
+    def body(self, is_tei: bool = False) -> dict[str, Any]:
+        """One body that every family of clients can read: `error.message`, `message` (Cohere), `detail` (Jina); TEI's
+        clients need `error` to be a string."""
         error: dict[str, Any] = {"message": self.message, "type": self.error_type, "code": self.status}
         if self.param is not None:
             error["param"] = self.param
-        return {"error": error, "error_type": self.error_type, "message": self.message, "detail": self.message}
+        shown = self.message if is_tei else error
+        return {"error": shown, "error_type": self.error_type, "message": self.message, "detail": self.message}
 
 
 class BadRequestError(RequestError):
@@ -240,6 +252,14 @@ class BadRequestError(RequestError):
 
 class NotFoundError(RequestError):
     status, error_type = 404, "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    error_type = "model_not_found"
+
+
+class UnauthorizedError(RequestError):
+    status, error_type = 401, "unauthorized"
 
 
 class MethodError(RequestError):
@@ -268,30 +288,49 @@ class ModelError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Request: the body becomes a frozen object here; nothing further in looks at JSON
+#
+# FIELDS is the one table of what a body may hold: it drives the parsing, the OpenAPI document and /docs.
 # ---------------------------------------------------------------------------------------------------------------------
+
+TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
 
 
 @dataclass(frozen=True)
 class RerankRequest:
-    query: str
+    """What every contract becomes. queries: one for all passages, or one for each."""
+
+    queries: tuple[str, ...]
     passages: tuple[str, ...]
     use_llm: bool = False
+    model: str | None = None
+    llm_top_n: int | None = None
+    top_n: int | None = None
+    return_documents: bool = False
+    raw_scores: bool = False
+    min_score: float | None = None
+    ids: tuple[str | int, ...] | None = None
+    max_length: int | None = None
+    max_passage: int | None = None
+    on_overflow: str = TRUNCATE
+    keep_end: bool = False
 
     @staticmethod
-    def parse(raw: bytes) -> RerankRequest:
-        """The native contract: {"query": str, "passages": [str], "use_llm": bool = false}; other keys are ignored.
-
-        Raises BadRequestError that names the field, and for a passage its index.
-        """
+    def parse(raw: bytes, path: str = "/rerank") -> tuple[RerankRequest, Contract]:
+        """The contract follows from the body's keys, and from the route where it must. Raises BadRequestError that
+        names the field, and for a passage its index."""
         body = parse_json_object(raw)
-        passages = body.get("passages")
-        if not isinstance(passages, list):
-            raise BadRequestError(_expected("passages", "a list of strings", body), "passages")
-        return RerankRequest(
-            query=_text(body.get("query"), "query", body),
-            passages=tuple(_text(passage, f"passages[{index}]") for index, passage in enumerate(passages)),
-            use_llm=_boolean(body.get("use_llm"), "use_llm"),
-        )
+        contract = next(contract for contract in CONTRACTS if contract.fits(body, path))
+        values = {"on_overflow": TRUNCATE, **contract.read_texts(body, contract)}
+        for field in FIELDS:
+            if body.get(field.name) is not None and contract.name in (field.contracts or (contract.name,)):
+                values[field.target] = field.read(body[field.name], field.name)
+        request = RerankRequest(**values)
+        if request.ids is not None and len(request.ids) != len(request.passages):
+            raise BadRequestError(f"'ids' has {len(request.ids)} entries for {len(request.passages)} passages", "ids")
+        return request, contract
+
+    def query_of(self, index: int) -> str:
+        return self.queries[index] if len(self.queries) > 1 else self.queries[0]
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
@@ -329,6 +368,42 @@ def _boolean(value: Any, name: str) -> bool:
     raise BadRequestError(_expected(name, "true or false", {name: value}), name)
 
 
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRequestError(_expected(name, "a finite number", {name: value}), name)
+    return float(value)
+
+
+def _count(low: int, high: int) -> Callable[[Any, str], int]:
+    def read(value: Any, name: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            raise BadRequestError(_expected(name, "a whole number", {name: value}), name)
+        if not low <= value <= high:
+            raise BadRequestError(f"'{name}' must be between {low} and {high:,}, not {value}", name)
+        return int(value)
+
+    return read
+
+
+def _choice(*choices: str) -> Callable[[Any, str], str]:
+    def read(value: Any, name: str) -> str:
+        if value not in choices:
+            raise BadRequestError(f"'{name}' must be {' or '.join(map(repr, choices))}", name)
+        return str(value)
+
+    return read
+
+
+def _ids(value: Any, name: str) -> tuple[str | int, ...]:
+    if not isinstance(value, list):
+        raise BadRequestError(_expected(name, "a list of strings or numbers", {name: value}), name)
+    for index, item in enumerate(value):
+        own = f"{name}[{index}]"
+        if isinstance(item, bool) or not isinstance(item, str | int):
+            raise BadRequestError(_expected(own, "a string or a whole number", {own: item}), own)
+    return tuple(value)
+
+
 def _expected(name: str, expected: str, body: dict[str, Any]) -> str:
     if name not in body:
         return f"'{name}' is missing: it must be {expected}"
@@ -338,6 +413,118 @@ def _expected(name: str, expected: str, body: dict[str, Any]) -> str:
 def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Field:
+    """An optional key of a request body. contracts: those that know it; none: all of them."""
+
+    name: str
+    target: str  # field of RerankRequest
+    read: Callable[[Any, str], Any]
+    schema: Schema
+    help: str
+    contracts: tuple[str, ...] = ()
+
+
+def _overflow(value: Any, name: str) -> str:
+    return TRUNCATE if _boolean(value, name) else ERROR
+
+
+_BOOLEAN, _POSITIVE = {"type": "boolean", "default": False}, {"type": "integer", "minimum": 1}
+_MANY = 2**31 - 1
+FIELDS = (
+    Field("model", "model", _text, {"type": "string"}, "m3, gemma, mini or a Hub name; any other gets the default"),
+    Field("use_llm", "use_llm", _boolean, _BOOLEAN, "score with bge-reranker-v2-gemma"),
+    Field("llm_top_n", "llm_top_n", _count(1, _MANY), _POSITIVE,
+          "with use_llm: m3 scores all, gemma only the best so many, which rank before the rest"),
+    Field("top_n", "top_n", _count(1, _MANY), _POSITIVE, "how many results to return; all when it is larger"),
+    Field("top_k", "top_n", _count(1, _MANY), _POSITIVE, "the same as top_n"),
+    Field("return_documents", "return_documents", _boolean, _BOOLEAN, "put the text into each result"),
+    Field("return_text", "return_documents", _boolean, _BOOLEAN, "put the text into each result", ("tei",)),
+    Field("raw_scores", "raw_scores", _boolean, _BOOLEAN, "logits in place of scores between 0 and 1"),
+    Field("min_score", "min_score", _number, {"type": "number"}, "leave out results below (a logit with raw_scores)"),
+    Field("ids", "ids", _ids, {"type": "array", "items": {"type": ["string", "integer"]}},
+          "an id for each document, returned with its result"),
+    Field("max_length", "max_length", _count(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS),
+          {"type": "integer", "minimum": MIN_MAX_LENGTH_TOKENS, "maximum": MAX_MAX_LENGTH_TOKENS},
+          "longest pair in tokens, at most the server's"),
+    Field("max_tokens_per_doc", "max_passage", _count(1, _MANY), _POSITIVE, "tokens of each document that are read"),
+    Field("on_overflow", "on_overflow", _choice(TRUNCATE, ERROR, CHUNK),
+          {"type": "string", "enum": [TRUNCATE, ERROR, CHUNK], "default": TRUNCATE},
+          "a document that is too long is cut, refused, or scored in overlapping windows of which the best counts"),
+    Field("truncate", "on_overflow", _overflow, _BOOLEAN | {"default": True}, "false: refuse long texts", ("tei",)),
+    Field("truncation", "on_overflow", _overflow, _BOOLEAN | {"default": True}, "false: refuse long ones", ("voyage",)),
+    Field("truncation_direction", "keep_end", lambda value, name: _choice("Left", "Right")(value, name) == "Left",
+          {"type": "string", "enum": ["Left", "Right"], "default": "Right"}, "the end that is cut", ("tei",)),
+)  # fmt: skip
+
+
+# -- Contracts: how each family of clients names the texts, and (further down) how it reads the answer -----------------
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A row of CONTRACTS. fits: whether a body on a route is meant for it; the last one takes what is left."""
+
+    name: str
+    routes: tuple[str, ...]
+    texts: str  # the key that holds the passages
+    fits: Callable[[dict[str, Any], str], bool]
+    read_texts: Callable[[dict[str, Any], Contract], dict[str, Any]]
+    write: Callable[[Ranking, RerankRequest, str], Any]
+    help: str
+    example: dict[str, Any]
+
+
+def _read_texts(body: dict[str, Any], contract: Contract) -> dict[str, Any]:
+    """query and a list of passages: strings, or (not in the native contract) objects with a text and perhaps an id."""
+    name = contract.texts
+    items = body.get(name)
+    if not isinstance(items, list):
+        raise BadRequestError(_expected(name, "a list of strings", body), name)
+    query = _text(body.get("query"), "query", body)
+    if contract.name == "native":
+        return {"queries": (query,), "passages": tuple(_text(item, f"{name}[{n}]") for n, item in enumerate(items))}
+    fields = body.get("rank_fields") or ["text"]
+    passages = tuple(_document(item, f"{name}[{n}]", fields) for n, item in enumerate(items))
+    values: dict[str, Any] = {"queries": (query,), "passages": passages}
+    if items and all(isinstance(item, dict) and "id" in item for item in items):
+        values["ids"] = _ids([item["id"] for item in items], name)
+    return values
+
+
+def _document(item: Any, name: str, fields: Any) -> str:
+    """A string, or an object: its `text`, or the rank_fields (Cohere v1) joined by line ends."""
+    if not isinstance(item, dict):
+        return _text(item, name)
+    if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
+        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
+    texts = [_text(item[field], f"{name}.{field}") for field in fields if item.get(field) is not None]
+    if not texts:
+        raise BadRequestError(f"'{name}' has no {' or '.join(map(repr, fields))}: it must be a string or have it", name)
+    return "\n".join(texts)
+
+
+def _read_score_texts(body: dict[str, Any], contract: Contract) -> dict[str, Any]:
+    """vLLM's /score: text_1 against text_2, or queries against documents; one against many, or pair by pair."""
+    first, second = ("queries", "documents") if "queries" in body else ("text_1", "text_2")
+    queries, passages = _text_list(body, first), _text_list(body, second)
+    if len(queries) not in (1, len(passages)):
+        raise BadRequestError(f"'{first}' must be one text or as many as '{second}' ({len(passages)})", first)
+    return {"queries": queries, "passages": passages}
+
+
+def _text_list(body: dict[str, Any], name: str) -> tuple[str, ...]:
+    value = body.get(name)
+    if isinstance(value, list):
+        return tuple(_document(item, f"{name}[{index}]", ["text"]) for index, item in enumerate(value))
+    if isinstance(value, str):
+        return (_text(value, name),)
+    raise BadRequestError(_expected(name, "a string or a list of strings", body), name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,6 +684,25 @@ class TextPairs(FramedPairs):
         ids, room = self._tokenize(query), max_length - 2
         query_ids = (self._first, *ids[:room], self._last)
         return Frame((self._first,), (self._last,), room, max(0, len(ids) - room), query_ids)
+
+
+def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
+    """For each passage of `indices` its pair, or its windows. Raises BadRequestError for one that may not be cut."""
+    if request.on_overflow == CHUNK:
+        return [pairs.windows(request.query_of(n), request.passages[n], request.max_length) for n in indices]
+    by_query: dict[str, list[int]] = {}
+    for index in indices:
+        by_query.setdefault(request.query_of(index), []).append(index)
+    made: dict[int, Pair] = {}
+    for query, own in by_query.items():
+        texts = [request.passages[index] for index in own]
+        built = pairs.make(query, texts, request.max_length, request.max_passage, request.keep_end)
+        made.update(zip(own, built, strict=True))
+    for index, pair in made.items():
+        if request.on_overflow == ERROR and pair.truncated:
+            name = f"passages[{index}]"
+            raise BadRequestError(f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query", name)
+    return [[made[index]] for index in indices]
 
 
 class VocabTokenizer:
@@ -1501,6 +1707,41 @@ def sigmoid(logit: float) -> float:
     return (exponential := math.exp(logit)) / (1.0 + exponential)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """One passage's result. model: the file that scored it."""
+
+    index: int
+    logit: float
+    score: float
+    model: str
+    n_tokens: int
+    truncated: bool
+
+
+def best_first(results: Iterable[Scored]) -> list[Scored]:
+    """By logit, since scores saturate at 1.0; equal ones in the order of the passages."""
+    return sorted(results, key=lambda result: (-result.logit, result.index))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The answer before it is written. n_llm: how many of the first results are the second stage's."""
+
+    results: tuple[Scored, ...]
+    model: str
+    n_tokens: int
+    n_llm: int = 0
+
+    def shown(self, request: RerankRequest) -> list[Scored]:
+        low = -math.inf if request.min_score is None else request.min_score
+        return [result for result in self.results if value_of(result, request) >= low][: request.top_n]
+
+
+def value_of(result: Scored, request: RerankRequest) -> float:
+    return result.logit if request.raw_scores else result.score
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Roles: which file serves use_llm false (m3) and true (gemma)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1567,15 +1808,25 @@ class Role:
                 log.info("%s: %s loaded in %.1f s", self.name, self.description.name, time.perf_counter() - started)
             return self._engine, self._scheduler
 
-    def logits(self, query: str, passages: Sequence[str]) -> tuple[list[Pair], list[float]]:
-        """Pairs and their raw logits, in the order of the passages. Raises ModelError and RequestError.
+    def score(self, request: RerankRequest, indices: Sequence[int]) -> list[Scored]:
+        """The passages of `indices`, in that order. Raises ModelError and RequestError."""
+        if not indices:
+            return []
+        engine, _ = self.load()
+        groups = pairs_of(request, engine.pairs, indices)
+        logits = iter(self.logits([pair for group in groups for pair in group]))
+        results = []
+        for index, group in zip(indices, groups, strict=True):
+            logit = max(itertools.islice(logits, len(group)))  # of windows the best counts
+            n_tokens = sum(len(pair.ids) for pair in group)
+            truncated = any(pair.truncated for pair in group)
+            results.append(Scored(index, logit, sigmoid(logit), self.description.name, n_tokens, truncated))
+        return results
 
-        Equal pairs are scored once, known ones not at all. The longest go first, so that short ones fill the batches.
-        """
-        if not passages:
-            return [], []
-        engine, scheduler = self.load()
-        pairs = engine.pairs.make(query, passages)
+    def logits(self, pairs: Sequence[Pair]) -> list[float]:
+        """Raw logits, in order. Equal pairs are scored once, known ones not at all. The longest go first, so that short
+        ones fill the batches. Raises ModelError and RequestError."""
+        _, scheduler = self.load()
         keys = [pair.key for pair in pairs]
         known = self.cache.take(keys)
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
@@ -1584,7 +1835,7 @@ class Role:
         scored = {key: future.result() for key, future in zip(longest_first, futures, strict=True)}
         self.cache.put(scored, hits=len(known))
         known |= scored
-        return pairs, [known[key] for key in keys]
+        return [known[key] for key in keys]
 
     def close(self) -> None:
         """Answers what was submitted, then frees the model."""
@@ -1619,9 +1870,14 @@ class Roles:
             is_fallback=first.kind == BI_ENCODER,
         )
 
-    def select(self, use_llm: bool) -> Role:
-        """Raises UnavailableError that names the command which makes the missing file."""
-        if not use_llm:
+    def select(self, request: RerankRequest, strict: bool) -> Role:
+        """By use_llm, else by the model's name. Raises UnavailableError that names the command which makes the missing
+        file, and (strict) ModelNotFoundError for a name that is none of ours."""
+        name = (request.model or "").rpartition("/")[2].lower()
+        if not request.use_llm and name not in ("gemma", "bge-reranker-v2-gemma", self._file_name(self.gemma)):
+            ours = ("mini", "all-minilm-l6-v2") if self.is_fallback else ("m3", "bge-reranker-v2-m3")
+            if strict and name and name not in (*ours, self._file_name(self.m3)):
+                raise ModelNotFoundError(f"there is no model {request.model!r} here; see GET /v1/models", "model")
             return self.m3
         if self.gemma is None:
             raise UnavailableError(
@@ -1629,6 +1885,10 @@ class Roles:
                 "use_llm",
             )
         return self.gemma
+
+    @staticmethod
+    def _file_name(role: Role | None) -> str | None:
+        return role.description.name.lower() if role else None
 
     def all(self) -> list[Role]:
         return [role for role in (self.m3, self.gemma) if role is not None]
@@ -1664,6 +1924,201 @@ def _newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescrip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Response: one writer for each contract
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_native(ranking: Ranking, request: RerankRequest, path: str) -> list[float]:
+    """A float for each passage, in its order. After two stages the floats of the rest are multiplied by the second stage's
+    lowest, so that the array ranks as the stages do."""
+    scores = {result.index: value_of(result, request) for result in ranking.results}
+    if ranking.n_llm and not request.raw_scores:
+        lowest = min(result.score for result in ranking.results[: ranking.n_llm])
+        scores |= {result.index: lowest * result.score for result in ranking.results[ranking.n_llm :]}
+    return [scores[index] for index in range(len(request.passages))]
+
+
+def _result(result: Scored, request: RerankRequest, key: str, document: str, text: Any) -> dict[str, Any]:
+    written: dict[str, Any] = {"index": result.index, key: value_of(result, request), "model": result.model}
+    if request.return_documents:
+        written[document] = text
+    if request.ids is not None:
+        written["id"] = request.ids[result.index]
+    if result.truncated:
+        written["truncated"] = True
+    return written
+
+
+def write_tei(ranking: Ranking, request: RerankRequest, path: str) -> list[dict[str, Any]]:
+    return [_result(result, request, "score", "text", request.passages[result.index])
+            for result in ranking.shown(request)]  # fmt: skip
+
+
+def write_cohere_and_jina(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    results = [_result(result, request, "relevance_score", "document", {"text": request.passages[result.index]})
+               for result in ranking.shown(request)]  # fmt: skip
+    version = "2" if path.startswith("/v2") else "1"
+    return {
+        **_envelope(ranking), "results": results,
+        "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
+    }  # fmt: skip
+
+
+def write_voyage(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    data = [_result(result, request, "relevance_score", "document", request.passages[result.index])
+            for result in ranking.shown(request)]  # fmt: skip
+    return {"object": "list", "data": data, "model": ranking.model, "usage": {"total_tokens": ranking.n_tokens}}
+
+
+def write_score(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    in_order = sorted(ranking.results, key=lambda result: result.index)
+    data = [{**_result(result, request, "score", "document", request.passages[result.index]), "object": "score"}
+            for result in in_order]  # fmt: skip
+    return {**_envelope(ranking), "data": data}
+
+
+def _envelope(ranking: Ranking) -> dict[str, Any]:
+    usage = {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens}
+    return {"id": f"rerank-{uuid.uuid4().hex}", "object": "list", "model": ranking.model, "usage": usage}
+
+
+_QUERY = "How long do cats sleep in a day?"
+_TEXTS = ["Cats sleep between 12 and 16 hours a day.", "A cat needs fresh water every day.", "Stocks fell on Friday."]
+_RERANK_ROUTES = ("/rerank", "/v1/rerank", "/v2/rerank", "/reranking", "/v1/reranking")
+_SCORE_ROUTES = ("/score", "/v1/score")
+
+CONTRACTS = (
+    Contract("score", _SCORE_ROUTES, "text_2", lambda body, path: path in _SCORE_ROUTES, _read_score_texts,
+             write_score, "vLLM's score: one text against many, or pair by pair, in input order",
+             {"text_1": _QUERY, "text_2": _TEXTS}),
+    Contract("tei", _RERANK_ROUTES, "texts", lambda body, path: "texts" in body and "passages" not in body, _read_texts,
+             write_tei, "text-embeddings-inference: LlamaIndex, Haystack, Dify, RAGFlow",
+             {"query": _QUERY, "texts": _TEXTS, "return_text": True, "truncate": True}),
+    Contract("voyage", _RERANK_ROUTES, "documents",
+             lambda body, path: "documents" in body and "top_n" not in body and ("top_k" in body or "truncation" in body),
+             _read_texts, write_voyage, "Voyage: known by its top_k or truncation",
+             {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_k": 2}),
+    Contract("jina", _RERANK_ROUTES, "documents",
+             lambda body, path: "documents" in body or (path != "/rerank" and "passages" not in body), _read_texts,
+             write_cohere_and_jina, "Cohere v1 and v2, Jina, and OpenAI-style servers: Open WebUI, Dify, LiteLLM",
+             {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_n": 2, "return_documents": True}),
+    Contract("native", _RERANK_ROUTES, "passages", lambda body, path: True, _read_texts, write_native,
+             "an array of floats in the order of the passages", {"query": _QUERY, "passages": _TEXTS, "use_llm": False}),
+)  # fmt: skip
+
+
+# -- What is here: an OpenAPI document from the tables above, and a page that shows it ---------------------------------
+
+
+def openapi_document(routes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """OpenAPI 3.1, from FIELDS and CONTRACTS, which also parse the requests."""
+    paths = {path: {method.lower(): _operation(path, method) for method in methods} for path, methods in routes.items()}
+    schemas: dict[str, Any] = {f"{contract.name}_request": _request_schema(contract) for contract in CONTRACTS}
+    schemas |= {f"{name}_response": schema for name, schema in _RESPONSE_SCHEMAS.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "rerank-server", "version": __version__, "description": "Relevance scores of passages."},
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas, "error": _ERROR_SCHEMA},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "only with --api-key"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _request_schema(contract: Contract) -> Schema:
+    text = {"anyOf": [{"type": "string"}, {"type": "object", "properties": {"text": {"type": "string"}}}]}
+    texts = {"type": "array", "items": {"type": "string"} if contract.name == "native" else text}
+    if contract.name == "score":
+        both = {"anyOf": [{"type": "string"}, texts]}
+        required: dict[str, Schema] = {"text_1": both, "text_2": both}
+    else:
+        required = {"query": {"type": "string"}, contract.texts: texts}
+    optional = {
+        field.name: {**field.schema, "type": [field.schema["type"], "null"], "description": field.help}
+        for field in FIELDS if not field.contracts or contract.name in field.contracts
+    }  # fmt: skip
+    return {
+        "type": "object", "description": contract.help, "required": list(required),
+        "properties": {**required, **optional}, "examples": [contract.example],
+    }  # fmt: skip
+
+
+def _object_schema(**properties: Any) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_NUMBER, _STRING, _INTEGER = {"type": "number"}, {"type": "string"}, {"type": "integer"}
+_ERROR_SCHEMA = _object_schema(
+    error={"anyOf": [_STRING, _object_schema(message=_STRING, type=_STRING, code=_INTEGER)]},
+    error_type=_STRING, message=_STRING, detail=_STRING,
+)  # fmt: skip
+_RELEVANCE = {"type": "array", "items": _object_schema(index=_INTEGER, relevance_score=_NUMBER, model=_STRING)}
+_USAGE = _object_schema(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
+_SCORES = {"type": "array", "items": _object_schema(index=_INTEGER, score=_NUMBER, model=_STRING)}
+_RESPONSE_SCHEMAS: dict[str, Schema] = {
+    "native": {"type": "array", "items": _NUMBER},
+    "tei": _SCORES,
+    "jina": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, results=_RELEVANCE,
+                           meta={"type": "object"}),
+    "voyage": _object_schema(object=_STRING, data=_RELEVANCE, model=_STRING, usage=_object_schema(total_tokens=_INTEGER)),
+    "score": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, data=_SCORES),
+}  # fmt: skip
+_PAGES = {
+    "/health": "alive, and which file serves which role", "/info": "limits, as text-embeddings-inference gives them",
+    "/v1/models": "the models that are here", "/openapi.json": "this document", "/docs": "this document as a page",
+    "/debug/pair": "the token ids that the model sees for one pair",
+}  # fmt: skip
+_STATUSES = {400: "a field is wrong; the message names it", 401: "the key is missing or wrong", 404: "no such model",
+             411: "no Content-Length", 413: "the body is too large", 500: "a pair could not be scored",
+             503: "no model for this role, or the server is stopping"}  # fmt: skip
+
+
+def _operation(path: str, method: str) -> dict[str, Any]:
+    here = [contract for contract in CONTRACTS if path in contract.routes]
+    name = re.sub(r"\W+", "_", f"{method.lower()}{path}")
+    if not here:
+        good = {"description": "OK", "content": {"application/json": {"schema": {}}}}
+        return {"operationId": name, "summary": _PAGES[path], "responses": {"200": good}}
+    references = {kind: [{"$ref": f"#/components/schemas/{contract.name}_{kind}"} for contract in here]
+                  for kind in ("request", "response")}  # fmt: skip
+    examples = {contract.name: {"summary": contract.help, "value": contract.example} for contract in here}
+    body = {"schema": {"anyOf": references["request"]}, "examples": examples}
+    answer = {"description": "the scores", "content": {"application/json": {"schema": {"anyOf": references["response"]}}}}
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/error"}}}
+    errors = {str(code): {"description": text, "content": error} for code, text in _STATUSES.items()}
+    return {
+        "operationId": name, "summary": "; ".join(contract.help for contract in here),
+        "requestBody": {"required": True, "content": {"application/json": body}},
+        "responses": {"200": answer, **errors},
+    }  # fmt: skip
+
+
+def docs_page(routes: dict[str, dict[str, Any]]) -> str:
+    """The same tables as a page that needs no script and no network."""
+
+    def rows(cells: Iterable[Sequence[str]]) -> str:
+        return "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+
+    escape = html.escape
+    fields = rows((f"<code>{field.name}</code>", escape(field.help), ", ".join(field.contracts)) for field in FIELDS)
+    pages = rows((f"<code>{path}</code>", escape(_PAGES[path])) for path in routes if path in _PAGES)
+    contracts = "".join(
+        f"<h3>{contract.name}</h3><p>{escape(contract.help)}. <code>POST {', '.join(contract.routes)}</code></p>"
+        f"<pre>{escape(json.dumps(contract.example, indent=2))}</pre>"
+        for contract in reversed(CONTRACTS)
+    )  # fmt: skip
+    style = "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}td{padding:.2rem 1rem .2rem 0;" \
+            "vertical-align:top}pre{background:#8882;padding:1rem;overflow:auto}:root{color-scheme:light dark}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>rerank-server</title><style>{style}</style>'
+        f"<h1>rerank-server {__version__}</h1><table>{pages}</table><h2>Contracts</h2>{contracts}"
+        f"<h2>Optional fields</h2><table>{fields}</table></html>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # HTTP
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1671,7 +2126,7 @@ def _newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescrip
 @dataclass(frozen=True)
 class Response:
     status: int
-    body: Any
+    body: Any  # JSON, or str for an HTML page
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -1681,20 +2136,36 @@ class Application:
     def __init__(self, roles: Roles, settings: Settings) -> None:
         self._roles, self._settings = roles, settings
         self.routes: dict[str, dict[str, Callable[[bytes], Response]]] = {
-            "/rerank": {"POST": self.rerank},
-            "/health": {"GET": self.health},
+            path: {"POST": functools.partial(self.rerank, path=path)}  # the list of routes is the contracts'
+            for path in dict.fromkeys(route for contract in CONTRACTS for route in contract.routes)
         }
+        pages = {"/health": self.health, "/info": self.info, "/v1/models": self.models,
+                 "/openapi.json": self.openapi, "/docs": self.docs}  # fmt: skip
+        self.routes |= {path: {"GET": page} for path, page in pages.items()}
         if settings.debug:
             self.routes["/debug/pair"] = {"POST": self.debug_pair}
 
-    def rerank(self, raw: bytes) -> Response:
-        request = RerankRequest.parse(raw)
-        role = self._roles.select(request.use_llm)
-        pairs, logits = role.logits(request.query, request.passages)
-        headers = {"X-Rerank-Model": role.description.name}
-        if truncated := [str(index) for index, pair in enumerate(pairs) if pair.truncated]:
-            headers["X-Rerank-Truncated"] = ",".join(truncated)
-        return Response(200, [sigmoid(logit) for logit in logits], headers)
+    def rerank(self, raw: bytes, path: str = "/rerank") -> Response:
+        request, contract = RerankRequest.parse(raw, path)
+        ranking = self.rank(request)
+        headers = {"X-Rerank-Model": ",".join(dict.fromkeys(result.model for result in ranking.results))}
+        if truncated := sorted(result.index for result in ranking.results if result.truncated):
+            headers["X-Rerank-Truncated"] = ",".join(map(str, truncated))
+        return Response(200, contract.write(ranking, request, path), headers)
+
+    def rank(self, request: RerankRequest) -> Ranking:
+        """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, which come before the rest."""
+        role = self._roles.select(request, self._settings.strict_model)
+        everything = range(len(request.passages))
+        model = request.model or role.description.name
+        if role is self._roles.m3 or request.llm_top_n is None:
+            results = best_first(role.score(request, everything))
+            return Ranking(tuple(results), model, sum(result.n_tokens for result in results))
+        first = best_first(self._roles.m3.score(request, everything))
+        chosen = [result.index for result in first[: request.llm_top_n]]
+        second = best_first(role.score(request, chosen))
+        n_tokens = sum(result.n_tokens for result in (*first, *second))
+        return Ranking((*second, *first[request.llm_top_n :]), model, n_tokens, n_llm=len(second))
 
     def health(self, raw: bytes) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
@@ -1706,18 +2177,50 @@ class Application:
         return {
             "file": description.path.name, "kind": description.kind, "architecture": description.architecture,
             "quantization": description.quantization, "file_bytes": description.file_bytes,
-            "max_length": min(description.max_tokens, self._settings.max_length), "loaded": role.loaded,
+            "max_length": self._max_length(role), "loaded": role.loaded,
             "is_fallback": role.name == "m3" and self._roles.is_fallback,
             "cache": {"entries": len(role.cache), "hits": role.cache.hits, "misses": role.cache.misses},
         }  # fmt: skip
+
+    def _max_length(self, role: Role) -> int:
+        return min(role.description.max_tokens, self._settings.max_length)
+
+    def info(self, raw: bytes) -> Response:
+        """TEI's GET /info, which its clients ask first, and every limit of this server."""
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return Response(200, {
+            "model_id": self._roles.m3.description.source or self._roles.m3.description.name,
+            "model_sha": None, "model_dtype": self._roles.m3.description.quantization,
+            "model_type": {"reranker": labels}, "max_concurrent_requests": _MANY,
+            "max_input_length": self._max_length(self._roles.m3), "max_batch_tokens": self._settings.ubatch,
+            "max_client_batch_size": MAX_CLIENT_BATCH_SIZE, "auto_truncate": True,
+            "max_body_bytes": self._settings.max_body_mb * 1_000_000,
+            "tokenization_workers": self._settings.threads_used, "version": __version__,
+        })  # fmt: skip
+
+    def models(self, raw: bytes) -> Response:
+        """OpenAI's list of models: one for each role that has a file."""
+        return Response(200, {"object": "list", "data": [
+            {"id": role.description.name, "object": "model", "created": 0, "owned_by": role.description.source,
+             "role": role.name, **self._model_state(role)}
+            for role in self._roles.all()
+        ]})  # fmt: skip
+
+    def openapi(self, raw: bytes) -> Response:
+        return Response(200, openapi_document(self.routes))
+
+    def docs(self, raw: bytes) -> Response:
+        return Response(200, docs_page(self.routes))
 
     def debug_pair(self, raw: bytes) -> Response:
         """One pair as the model sees it: {query, passage, use_llm} -> pieces, ids, where it was cut, logit, score."""
         body = parse_json_object(raw)
         query, passage = _text(body.get("query"), "query", body), _text(body.get("passage"), "passage", body)
-        role = self._roles.select(_boolean(body.get("use_llm"), "use_llm"))
-        (pair,), (logit,) = role.logits(query, [passage])
+        request = RerankRequest((query,), (passage,), _boolean(body.get("use_llm"), "use_llm"))
+        role = self._roles.select(request, strict=False)
         engine, _ = role.load()
+        ((pair,),) = pairs_of(request, engine.pairs, [0])
+        (logit,) = role.logits([pair])
         sequences = {"ids": pair.ids, **({"query_ids": pair.query_ids} if pair.query_ids else {})}
         pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
         return Response(200, {
@@ -1812,7 +2315,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.command, self._body_pending = True, "", False
+        self.close_connection, self.command, self._body_pending, self._raw = True, "", False, b""
         try:
             with self.server.idle(self.connection):
                 self.raw_requestline = self.rfile.readline(MAX_REQUEST_LINE_BYTES + 1)
@@ -1831,18 +2334,23 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         try:
             response = self._respond()
         except RequestError as error:
-            response = Response(error.status, error.body(), error.headers)
+            response = self._refuse(error)
         except ModelError as error:
             log.error("%s", error)
-            failure = UnavailableError(f"the model could not be loaded: {error}")
-            response = Response(failure.status, failure.body())
+            response = self._refuse(UnavailableError(f"the model could not be loaded: {error}"))
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
             log.error("%s %s failed: %s", self.command, self.path, traceback.format_exc())
-            failure_500 = EngineError("internal error; see the server's log")
-            response = Response(failure_500.status, failure_500.body())
+            response = self._refuse(EngineError("internal error; see the server's log"))
         self._send(response)
+
+    def _refuse(self, error: RequestError) -> Response:
+        try:
+            is_tei = "texts" in json.loads(self._raw)
+        except (ValueError, TypeError, RecursionError):
+            is_tei = False
+        return Response(error.status, error.body(is_tei), error.headers)
 
     def _respond(self) -> Response:
         self._body_pending = self._may_have_body()
@@ -1855,7 +2363,16 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         if handler is None:
             allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
             raise MethodError(f"{path} takes {allowed}, not {self.command[:20]}", headers={"Allow": allowed})
-        return handler(self._read_body())
+        self._raw = self._read_body()
+        if path not in OPEN_ROUTES:
+            self._authorize()
+        return handler(self._raw)
+
+    def _authorize(self) -> None:
+        """Raises UnauthorizedError when there is a key and the request does not carry it."""
+        key, given = self.server.settings.api_key, self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if key and not hmac.compare_digest(given.encode(), key.encode()):
+            raise UnauthorizedError("the Authorization header must be: Bearer KEY, with the server's key")
 
     def _may_have_body(self) -> bool:
         if self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers:
@@ -1907,11 +2424,13 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         self._send(Response(code, error.body()))
 
     def _send(self, response: Response) -> None:
-        payload = json.dumps(response.body, ensure_ascii=False).encode("utf-8") + b"\n"
+        is_page = isinstance(response.body, str)
+        text = response.body if is_page else json.dumps(response.body, ensure_ascii=False) + "\n"
+        payload = text.encode("utf-8", "replace")
         if self._body_pending or self.server.draining:
             self.close_connection = True
         self.send_response(response.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(payload)), **response.headers}
+        headers = {"Content-Type": "text/html; charset=utf-8" if is_page else "application/json", "Content-Length": str(len(payload)), **response.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         if self.close_connection:

@@ -135,7 +135,7 @@ def compare(engines: Sequence[Engine], setup: Setup, rounds: Sequence[Round]) ->
     samples: dict[tuple[str, str], Samples] = {}
     try:
         for number, round_ in enumerate(tqdm(rounds, desc=f"rounds of {setup.role}")):
-            for one in _rotated(running, number):
+            for one in rotated(running, number):
                 if one.engine.name in missing:
                     continue
                 try:
@@ -151,7 +151,7 @@ def compare(engines: Sequence[Engine], setup: Setup, rounds: Sequence[Round]) ->
             one.close()
 
 
-def _rotated(running: list[Running], by: int) -> list[Running]:
+def rotated(running: list[Running], by: int) -> list[Running]:
     """None is always first, nor always behind the same other one."""
     first = by % max(1, len(running))
     return running[first:] + running[:first]
@@ -208,7 +208,7 @@ def bench(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measure this server beside its peers.",
-        epilog="Flags after -- go to rerank_server.py. First run: m3 takes 4 GB of disk, gemma 16 GB, and minutes each.",
+        epilog="Flags after -- go to rerank_server.py. The first run makes the models: m3 4 GB of disk, gemma 16 GB.",
     )  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=["m3", "gemma", "mini"], default=["m3", "gemma", "mini"])
     parser.add_argument("--quant", nargs="+", help="types that we serve (default: the model's default, m3 also IQ4_XS)")
@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
                         help="interpreter that has the peers (default: this one)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="texts: a BEIR directory with a bm25*.tsv run")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR",
-                        help="folder with sentencepiece.bpe.model or tokenizer.model (default: a tiny one)")  # fmt: skip
+                        help="has sentencepiece.bpe.model or tokenizer.model (default: tiny ones)")  # fmt: skip
     parser.add_argument("--runs", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100], help="passages in a request")
     parser.add_argument("--clients", type=int, default=4, help="clients at once (default 4; 1: leave that out)")

@@ -141,7 +141,7 @@ class Running:
         port = free_port()
         command = engine.command(setup, port)
         self.url = f"http://127.0.0.1:{port}"
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115: read when the process ends by itself, dropped with it
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         started = time.perf_counter()
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, cwd=ROOT)
         try:

@@ -22,8 +22,16 @@ class FakePairs:
 
     longest = 1024
 
-    def make(self, query: str, passages: Sequence[str], max_length: int | None = None) -> list[server.Pair]:
-        return [server.Pair((len(query), *range(len(text.split()))), 1, max(0, len(text) - 1000)) for text in passages]
+    def make(
+        self, query: str, passages: Sequence[str], max_length: int | None = None, max_passage: int | None = None,
+        keep_end: bool = False,
+    ) -> list[server.Pair]:  # fmt: skip
+        return [
+            server.Pair((len(query), *range(len(text.split()))), 1, max(0, len(text) - 1000)) for text in passages
+        ]  # fmt: skip
+
+    def windows(self, query: str, passage: str, max_length: int | None = None) -> list[server.Pair]:
+        return self.make(query, [passage])
 
 
 class FakeEngine:

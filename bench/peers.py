@@ -1,0 +1,190 @@
+"""Peers that are Python libraries, served like the others: `python -m bench.peers RECIPE ROLE CHECKPOINT PORT`.
+
+Runs in the interpreter that has the peer's packages, so it imports nothing of this project. Each recipe is what the
+library's own documentation tells people to do; requests are scored one after the other, as none of them queues.
+"""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+MAX_LENGTH_TOKENS = 512
+ONNX_BATCH = 4  # pairs, sorted by length: the best of 1, 4, 8 and 32 on two cores
+PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
+)
+
+Score = Callable[[str, Sequence[str]], list[float]]
+
+
+def flagembedding(role: str, checkpoint: Path) -> Score:
+    """FlagReranker or FlagLLMReranker, float32 on the CPU, batch size and length limit as they come."""
+    import FlagEmbedding
+
+    make = FlagEmbedding.FlagLLMReranker if role == "gemma" else FlagEmbedding.FlagReranker
+    reranker = make(str(checkpoint), use_fp16=False, devices=["cpu"])
+
+    def score(query: str, passages: Sequence[str]) -> list[float]:
+        scores = reranker.compute_score([(query, passage) for passage in passages], normalize=True)
+        return [float(score) for score in scores]
+
+    return score
+
+
+def transformers(role: str, checkpoint: Path) -> Score:
+    """AutoModelForSequenceClassification in float32: the recipe of the model card, in FlagEmbedding's batches."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if role != "m3":
+        sys.exit("the recipe is for cross-encoders")
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+    model = AutoModelForSequenceClassification.from_pretrained(str(checkpoint), dtype=torch.float32).eval()
+
+    def score_batch(query: str, passages: Sequence[str]) -> list[float]:
+        pairs = [(query, passage) for passage in passages]
+        inputs = tokenizer(pairs, padding=True, truncation="only_second", max_length=MAX_LENGTH_TOKENS,
+                           return_tensors="pt")  # fmt: skip
+        with torch.inference_mode():
+            return [float(logit) for logit in model(**inputs).logits.view(-1)]
+
+    return lambda query, passages: by_length(score_batch, query, passages, 128)
+
+
+def onnxruntime(role: str, checkpoint: Path) -> Score:
+    """ONNX Runtime with dynamic int8 (quantize_dynamic), which is what its own documentation advises for CPUs."""
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    session = onnxruntime.InferenceSession(str(int8_onnx(checkpoint)), providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+
+    def score_batch(query: str, passages: Sequence[str]) -> list[float]:
+        pairs = [(query, passage) for passage in passages]
+        inputs = tokenizer(pairs, padding=True, truncation="only_second", max_length=MAX_LENGTH_TOKENS,
+                           return_tensors="np")  # fmt: skip
+        names = ("input_ids", "attention_mask")
+        (logits,) = session.run(None, {name: inputs[name].astype("int64") for name in names})
+        return [float(logit) for logit in logits[:, 0]]
+
+    return lambda query, passages: by_length(score_batch, query, passages, ONNX_BATCH)
+
+
+def int8_onnx(checkpoint: Path) -> Path:
+    """The exported and quantised model beside the checkpoint; made once, in minutes."""
+    folder = checkpoint.with_name(f"{checkpoint.name}-onnx")
+    quantized = folder / "int8.onnx"
+    if not quantized.is_file():
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        folder.mkdir(exist_ok=True)
+        export_onnx(checkpoint, folder / "float32.onnx")
+        part = folder / "int8.part.onnx"
+        quantize_dynamic(folder / "float32.onnx", part, weight_type=QuantType.QInt8)
+        part.replace(quantized)
+    return quantized
+
+
+def export_onnx(checkpoint: Path, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(checkpoint), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    ids = torch.tensor([[0, 5, 2, 2, 6, 7, 2], [0, 5, 2, 2, 6, 2, 1]])
+    mask = (ids != 1).long()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=MAX_LENGTH_TOKENS)
+    torch.onnx.export(
+        model, (ids, mask), str(path), input_names=["input_ids", "attention_mask"], output_names=["logits"],
+        dynamic_shapes={"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
+        dynamo=True, external_data=True,
+    )  # fmt: skip
+
+
+def llama_cpp_python(role: str, file: Path) -> Score:
+    """gemma as people run it today: llama-cpp-python's defaults, the whole prompt of each pair evaluated by itself."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(file), n_ctx=MAX_LENGTH_TOKENS + 128, verbose=False)
+    (yes, *_) = model.tokenize(b"Yes", add_bos=False)
+
+    def logit(query: str, passage: str) -> float:
+        model.reset()
+        model.eval(model.tokenize(f"A: {query}\nB: {passage}\n{PROMPT}".encode())[: MAX_LENGTH_TOKENS + 64])
+        return float(llama_cpp.llama_get_logits_ith(model.ctx, -1)[yes])
+
+    return lambda query, passages: [logit(query, passage) for passage in passages]
+
+
+def infinity(role: str, checkpoint: Path) -> Score:
+    """Infinity's engine on PyTorch, its defaults."""
+    import asyncio
+
+    from infinity_emb import AsyncEmbeddingEngine, EngineArgs
+
+    engine = AsyncEmbeddingEngine.from_args(EngineArgs(model_name_or_path=str(checkpoint), device="cpu"))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(engine.astart())
+
+    def score(query: str, passages: Sequence[str]) -> list[float]:
+        scores, _ = loop.run_until_complete(engine.rerank(query=query, docs=list(passages)))
+        return [float(score.relevance_score) for score in scores]
+
+    return score
+
+
+RECIPES: dict[str, Callable[[str, Path], Score]] = {
+    "flagembedding": flagembedding, "transformers": transformers, "onnxruntime": onnxruntime,
+    "llama-cpp-python": llama_cpp_python, "infinity": infinity,
+}  # fmt: skip
+
+
+def by_length(score_batch: Score, query: str, passages: Sequence[str], size: int) -> list[float]:
+    """Scores in the order of the passages; batches are of like length, so that little is padding."""
+    order = sorted(range(len(passages)), key=lambda index: -len(passages[index]))
+    chunks = [order[first : first + size] for first in range(0, len(order), size)]
+    scored = [score_batch(query, [passages[index] for index in chunk]) for chunk in chunks]
+    scores = dict(zip(order, itertools.chain.from_iterable(scored), strict=True))
+    return [scores[index] for index in range(len(passages))]
+
+
+def serve(score: Score, port: int) -> None:
+    """POST /rerank {query, passages} -> [score], GET /health."""
+    turn = threading.Lock()  # guards the model: none of these libraries is safe to call from two threads
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(b"{}")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with turn:
+                scores = score(body["query"], body["passages"])
+            self._answer(json.dumps(scores).encode())
+
+        def _answer(self, payload: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    recipe, role, source, port = sys.argv[1:]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning about forking; the batches are small
+    serve(RECIPES[recipe](role, Path(source)), int(port))
