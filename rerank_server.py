@@ -15,8 +15,8 @@ on is in the GGUF's metadata, under `rerank.*` when this project converted it.
 
 One request, from socket to floats:
 
-    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Application.rank -> Role.score -> pairs_of (text to
-                         token ids) -> ScoreCache -> Scheduler.submit -> waits on the futures
+    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Application.rank -> Role.score -> pairs_of
+                         (text to token ids) -> ScoreCache -> Scheduler.submit -> waits on the futures
     scheduler thread     Queue.next_batch (pairs up to a token budget) -> Engine.score (one llama.cpp decode) -> futures
     HTTP thread          score (sigmoid; NaN refused) -> the contract's writer -> JSON
 
@@ -1818,7 +1818,7 @@ class Role:
         results = []
         for index, group in zip(indices, groups, strict=True):
             logit = max(itertools.islice(logits, len(group)))  # of windows the best counts
-            n_tokens = sum(len(pair.ids) for pair in group)
+            n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in group)
             truncated = any(pair.truncated for pair in group)
             results.append(Scored(index, logit, sigmoid(logit), self.description.name, n_tokens, truncated))
         return results
@@ -1929,8 +1929,8 @@ def _newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescrip
 
 
 def write_native(ranking: Ranking, request: RerankRequest, path: str) -> list[float]:
-    """A float for each passage, in its order. After two stages the floats of the rest are multiplied by the second stage's
-    lowest, so that the array ranks as the stages do."""
+    """A float for each passage, in its order. After two stages the floats of the rest are multiplied by the lowest of
+    the second stage, so that the array ranks as the stages do."""
     scores = {result.index: value_of(result, request) for result in ranking.results}
     if ranking.n_llm and not request.raw_scores:
         lowest = min(result.score for result in ranking.results[: ranking.n_llm])
@@ -1959,7 +1959,7 @@ def write_cohere_and_jina(ranking: Ranking, request: RerankRequest, path: str) -
                for result in ranking.shown(request)]  # fmt: skip
     version = "2" if path.startswith("/v2") else "1"
     return {
-        **_envelope(ranking), "results": results,
+        **_envelope(ranking, "rerank"), "results": results,
         "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
     }  # fmt: skip
 
@@ -1974,18 +1974,21 @@ def write_score(ranking: Ranking, request: RerankRequest, path: str) -> dict[str
     in_order = sorted(ranking.results, key=lambda result: result.index)
     data = [{**_result(result, request, "score", "document", request.passages[result.index]), "object": "score"}
             for result in in_order]  # fmt: skip
-    return {**_envelope(ranking), "data": data}
+    return {**_envelope(ranking, "list"), "data": data}
 
 
-def _envelope(ranking: Ranking) -> dict[str, Any]:
+def _envelope(ranking: Ranking, kind: str) -> dict[str, Any]:
+    """kind: infinity's client knows no other `object` than "rerank" for a ranking."""
     usage = {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens}
-    return {"id": f"rerank-{uuid.uuid4().hex}", "object": "list", "model": ranking.model, "usage": usage}
+    return {"id": f"rerank-{uuid.uuid4().hex}", "object": kind, "model": ranking.model, "usage": usage}
 
 
 _QUERY = "How long do cats sleep in a day?"
 _TEXTS = ["Cats sleep between 12 and 16 hours a day.", "A cat needs fresh water every day.", "Stocks fell on Friday."]
 _RERANK_ROUTES = ("/rerank", "/v1/rerank", "/v2/rerank", "/reranking", "/v1/reranking")
 _SCORE_ROUTES = ("/score", "/v1/score")
+
+_VOYAGE = {"top_k", "truncation"}
 
 CONTRACTS = (
     Contract("score", _SCORE_ROUTES, "text_2", lambda body, path: path in _SCORE_ROUTES, _read_score_texts,
@@ -1995,7 +1998,7 @@ CONTRACTS = (
              write_tei, "text-embeddings-inference: LlamaIndex, Haystack, Dify, RAGFlow",
              {"query": _QUERY, "texts": _TEXTS, "return_text": True, "truncate": True}),
     Contract("voyage", _RERANK_ROUTES, "documents",
-             lambda body, path: "documents" in body and "top_n" not in body and ("top_k" in body or "truncation" in body),
+             lambda body, path: {"documents", "top_n"} & body.keys() == {"documents"} and not _VOYAGE.isdisjoint(body),
              _read_texts, write_voyage, "Voyage: known by its top_k or truncation",
              {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_k": 2}),
     Contract("jina", _RERANK_ROUTES, "documents",
@@ -2003,7 +2006,7 @@ CONTRACTS = (
              write_cohere_and_jina, "Cohere v1 and v2, Jina, and OpenAI-style servers: Open WebUI, Dify, LiteLLM",
              {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_n": 2, "return_documents": True}),
     Contract("native", _RERANK_ROUTES, "passages", lambda body, path: True, _read_texts, write_native,
-             "an array of floats in the order of the passages", {"query": _QUERY, "passages": _TEXTS, "use_llm": False}),
+             "an array of floats, in the passages' order", {"query": _QUERY, "passages": _TEXTS, "use_llm": False}),
 )  # fmt: skip
 
 
@@ -2062,7 +2065,7 @@ _RESPONSE_SCHEMAS: dict[str, Schema] = {
     "tei": _SCORES,
     "jina": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, results=_RELEVANCE,
                            meta={"type": "object"}),
-    "voyage": _object_schema(object=_STRING, data=_RELEVANCE, model=_STRING, usage=_object_schema(total_tokens=_INTEGER)),
+    "voyage": _object_schema(object=_STRING, data=_RELEVANCE, model=_STRING, usage={"type": "object"}),
     "score": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, data=_SCORES),
 }  # fmt: skip
 _PAGES = {
@@ -2085,13 +2088,13 @@ def _operation(path: str, method: str) -> dict[str, Any]:
                   for kind in ("request", "response")}  # fmt: skip
     examples = {contract.name: {"summary": contract.help, "value": contract.example} for contract in here}
     body = {"schema": {"anyOf": references["request"]}, "examples": examples}
-    answer = {"description": "the scores", "content": {"application/json": {"schema": {"anyOf": references["response"]}}}}
+    shapes = {"application/json": {"schema": {"anyOf": references["response"]}}}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/error"}}}
     errors = {str(code): {"description": text, "content": error} for code, text in _STATUSES.items()}
     return {
         "operationId": name, "summary": "; ".join(contract.help for contract in here),
         "requestBody": {"required": True, "content": {"application/json": body}},
-        "responses": {"200": answer, **errors},
+        "responses": {"200": {"description": "the scores", "content": shapes}, **errors},
     }  # fmt: skip
 
 
@@ -2109,8 +2112,10 @@ def docs_page(routes: dict[str, dict[str, Any]]) -> str:
         f"<pre>{escape(json.dumps(contract.example, indent=2))}</pre>"
         for contract in reversed(CONTRACTS)
     )  # fmt: skip
-    style = "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}td{padding:.2rem 1rem .2rem 0;" \
-            "vertical-align:top}pre{background:#8882;padding:1rem;overflow:auto}:root{color-scheme:light dark}"
+    style = (
+        "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}:root{color-scheme:light dark}"
+        "td{padding:.2rem 1rem .2rem 0;vertical-align:top}pre{background:#8882;padding:1rem;overflow:auto}"
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>rerank-server</title><style>{style}</style>'
         f"<h1>rerank-server {__version__}</h1><table>{pages}</table><h2>Contracts</h2>{contracts}"
@@ -2154,7 +2159,7 @@ class Application:
         return Response(200, contract.write(ranking, request, path), headers)
 
     def rank(self, request: RerankRequest) -> Ranking:
-        """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, which come before the rest."""
+        """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, and those come first."""
         role = self._roles.select(request, self._settings.strict_model)
         everything = range(len(request.passages))
         model = request.model or role.description.name
@@ -2430,7 +2435,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         if self._body_pending or self.server.draining:
             self.close_connection = True
         self.send_response(response.status)
-        headers = {"Content-Type": "text/html; charset=utf-8" if is_page else "application/json", "Content-Length": str(len(payload)), **response.headers}
+        kind = "text/html; charset=utf-8" if is_page else "application/json"
+        headers = {"Content-Type": kind, "Content-Length": str(len(payload)), **response.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         if self.close_connection:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -34,6 +34,8 @@ ALSO_OURS = {"m3": ["IQ4_XS"], "gemma": [], "mini": []}  # served besides the de
 CLIENT_PASSAGES = 10  # in each request of the scenario with several clients
 REQUESTS_OF_ONE = 5  # single pairs in a round: one alone says little about latency
 PAUSE_S = 0.2  # between engines: threads of the one that has just answered may still spin
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def compare(engines: Sequence[Engine], setup: Setup, rounds: Sequence[Round]) ->
             one.close()
 
 
-def rotated(running: list[Running], by: int) -> list[Running]:
+def rotated(running: list[T], by: int) -> list[T]:
     """None is always first, nor always behind the same other one."""
     first = by % max(1, len(running))
     return running[first:] + running[:first]
