@@ -12,7 +12,7 @@ LLAMA_VERSION := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requir
 # llama.cpp's "common" library, which only its tools use. CMAKE_ARGS="-DGGML_CUDA=on" make install: for a GPU.
 LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(CMAKE_ARGS)
 # The build is for this CPU (GGML_NATIVE), so the kept wheel is named by version, options and CPU.
-LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null; $(PYTHON) -V) | cksum | cut -d' ' -f1)
+LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null) | cksum | cut -d' ' -f1)
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
