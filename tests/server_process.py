@@ -36,8 +36,8 @@ class ServerProcess:
         assert found, f"{self.report}\n{self._process.communicate(timeout=10)}"
         self.url = found.group(1)
 
-    def rerank(self, **body: Any) -> tuple[int, Any, dict[str, str]]:
-        request = urllib.request.Request(f"{self.url}/rerank", json.dumps(body).encode())
+    def rerank(self, path: str = "/rerank", **body: Any) -> tuple[int, Any, dict[str, str]]:
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode())
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.load(answer), dict(answer.headers)

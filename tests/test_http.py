@@ -74,7 +74,7 @@ class Running:
         settings = server.Settings(host="127.0.0.1", port=0, drain_s=10, **changes)
         self.engine = FakeEngine()
         m3 = server.Role("m3", describe_fake("fake-m3"), settings, lambda *_: self.engine)
-        gemma = server.Role("gemma", describe_fake("fake-gemma"), settings, self._broken) if with_gemma else None
+        gemma = server.Role("gemma", describe_fake("fake-gemma"), settings, self._load_gemma) if with_gemma else None
         self.roles = server.Roles(m3, gemma, is_fallback=False)
         self.server = server.RerankServer(server.Application(self.roles, settings), settings)
         self.port: int = self.server.server_address[1]
@@ -82,7 +82,7 @@ class Running:
         self._thread.start()
 
     @staticmethod
-    def _broken(path: Path, settings: server.Settings) -> FakeEngine:
+    def _load_gemma(path: Path, settings: server.Settings) -> FakeEngine:
         raise server.ModelError("fake-gemma.gguf: truncated")
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:
