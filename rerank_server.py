@@ -297,7 +297,7 @@ TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
 
 @dataclass(frozen=True)
 class RerankRequest:
-    """What every contract becomes. queries: one for all passages, or one for each. texts: the client's word for them."""
+    """What every contract becomes. queries: one for all passages or one for each. texts: the client's word for them."""
 
     queries: tuple[str, ...]
     passages: tuple[str, ...]
@@ -331,7 +331,8 @@ class RerankRequest:
         if request.ids is not None and len(request.ids) != n_passages:
             raise BadRequestError(f"'ids' has {len(request.ids)} entries for {n_passages} {request.texts}", "ids")
         if request.top_n == 0 and n_passages:  # clients that send the length of their list send 0 for an empty one
-            raise BadRequestError("'top_n' must be at least 1", "top_n")
+            name = "top_n" if "top_n" in body else "top_k"
+            raise BadRequestError(f"'{name}' must be at least 1", name)
         return request, contract
 
     def query_of(self, index: int) -> str:
