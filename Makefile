@@ -16,7 +16,7 @@ LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|F
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
-.PHONY: help install run mini convert verify test lint bench clean lock
+.PHONY: help install run mini convert verify test lint bench clean lock clients
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,6 +36,8 @@ convert: install ## convert m3 and gemma, or one: MODEL=m3 [QUANT=Q5_K_S]
 
 verify: mini ## compare the mini model's quantisations with float32: token ids, logits, ranks, speed
 	$(BIN)/python -m convert mini --quant F32 F16 Q8_0 Q5_0 --out build/verify
+
+clients: $(VENV)/.installed-clients ## install other projects' rerank clients, which some tests drive when they are there
 
 test: $(VENV)/.installed-dev mini ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,6 +62,10 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@
 
+$(VENV)/.installed-clients: requirements-clients.lock $(VENV)/.installed-dev
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-clients.lock
+	@touch $@
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed (PYTHON=python3.12 make ...)" if sys.version_info < (3, 10) else 0)'
 	@$(PYTHON) -m venv $(VENV)
@@ -78,9 +84,12 @@ $(LLAMA_WHEELS)/.done: | $(BIN)/python
 		|| { echo "failed; the end of build/llama.log:"; tail -n 20 build/llama.log; exit 1; }
 	@echo; touch $@
 
+RESOLVE := uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --no-annotate
+
 # The locks are made with `uv pip compile`; run this after changing the dependencies in pyproject.toml.
-lock: ## resolve the dependencies again into the two locks (needs uv)
-	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
-		--extra convert pyproject.toml -o requirements.lock
-	uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
-		--extra convert --extra bench --extra test -c requirements.lock pyproject.toml -o requirements-dev.lock
+lock: ## resolve the dependencies again into the locks (needs uv)
+	$(RESOLVE) --extra convert pyproject.toml -o requirements.lock
+	$(RESOLVE) --extra convert --extra bench --extra test --extra clients -c requirements.lock pyproject.toml \
+		-o requirements-clients.lock
+	$(RESOLVE) --extra convert --extra bench --extra test -c requirements-clients.lock pyproject.toml \
+		-o requirements-dev.lock

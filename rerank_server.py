@@ -491,6 +491,10 @@ class Contract:
     write: Callable[[Ranking, RerankRequest, str], Any]
     help: str
     example: dict[str, Any]
+    two_stages: dict[str, Any] | None = None  # a second example, which needs the gemma role
+
+    def examples(self) -> dict[str, dict[str, Any]]:
+        return {self.name: self.example, **({f"{self.name} two stages": self.two_stages} if self.two_stages else {})}
 
 
 def _read_texts(body: dict[str, Any], contract: Contract) -> dict[str, Any]:
@@ -2031,21 +2035,29 @@ _SCORE_ROUTES = ("/score", "/v1/score")
 
 _VOYAGE = {"top_k", "truncation"}
 
+
+def _given(body: dict[str, Any], default: str = "") -> str:
+    """Under which key a body brings its texts."""
+    return next((name for name in ("passages", "texts", "documents") if body.get(name) is not None), default)
+
+
+
 CONTRACTS = (
     Contract("score", _SCORE_ROUTES, "text_2", lambda body, path: path in _SCORE_ROUTES, _read_score_texts,
              write_score, "vLLM's score: one text against many, or pair by pair, in input order",
              {"text_1": _QUERY, "text_2": _TEXTS}),
-    Contract("tei", _RERANK_ROUTES, "texts", lambda body, path: "texts" in body and "passages" not in body, _read_texts,
-             write_tei, "text-embeddings-inference: LlamaIndex, Haystack, Dify, RAGFlow",
+    Contract("tei", _RERANK_ROUTES, "texts", lambda body, path: _given(body) == "texts", _read_texts, write_tei,
+             "text-embeddings-inference: LlamaIndex, Haystack, Dify, RAGFlow",
              {"query": _QUERY, "texts": _TEXTS, "return_text": True, "truncate": True}),
     Contract("voyage", _RERANK_ROUTES, "documents",
-             lambda body, path: {"documents", "top_n"} & body.keys() == {"documents"} and not _VOYAGE.isdisjoint(body),
+             lambda body, path: _given(body) == "documents" and "top_n" not in body and not _VOYAGE.isdisjoint(body),
              _read_texts, write_voyage, "Voyage: known by its top_k or truncation",
              {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_k": 2}),
     Contract("jina", _RERANK_ROUTES, "documents",
-             lambda body, path: "documents" in body or (path != "/rerank" and "passages" not in body), _read_texts,
+             lambda body, path: _given(body, "" if path == "/rerank" else "documents") == "documents", _read_texts,
              write_cohere_and_jina, "Cohere v1 and v2, Jina, and OpenAI-style servers: Open WebUI, Dify, LiteLLM",
-             {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_n": 2, "return_documents": True}),
+             {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_n": 2, "return_documents": True},
+             {"query": _QUERY, "documents": _TEXTS, "use_llm": True, "llm_top_n": 2}),
     Contract("native", _RERANK_ROUTES, "passages", lambda body, path: True, _read_texts, write_native,
              "an array of floats, in the passages' order", {"query": _QUERY, "passages": _TEXTS, "use_llm": False}),
 )  # fmt: skip
@@ -2072,48 +2084,76 @@ def openapi_document(routes: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _request_schema(contract: Contract) -> Schema:
-    text = {"anyOf": [{"type": "string"}, {"type": "object", "properties": {"text": {"type": "string"}}}]}
-    texts = {"type": "array", "items": {"type": "string"} if contract.name == "native" else text}
+    document = _object_schema([], text=_STRING, id={"type": ["string", "integer", "null"]})
+    text = _STRING if contract.name == "native" else {"anyOf": [_STRING, document]}
+    texts: Schema = {"type": "array", "items": text}
+    both: Schema = {"anyOf": [_STRING, texts]}
+    schema: Schema = {"type": "object", "description": contract.help, "required": []}
+    required: dict[str, Schema] = {}
     if contract.name == "score":
-        both = {"anyOf": [{"type": "string"}, texts]}
-        required: dict[str, Schema] = {"text_1": both, "text_2": both}
+        schema["anyOf"] = [_object_schema(text_1=both, text_2=both), _object_schema(queries=both, documents=both)]
     else:
-        required = {"query": {"type": "string"}, contract.texts: texts}
+        required = {"query": _STRING, contract.texts: texts}
+        schema["required"] = list(required)
     optional = {
-        field.name: {**field.schema, "type": [field.schema["type"], "null"], "description": field.help}
+        field.name: _nullable(field.schema) | {"description": field.help}
         for field in FIELDS if not field.contracts or contract.name in field.contracts
     }  # fmt: skip
-    return {
-        "type": "object", "description": contract.help, "required": list(required),
-        "properties": {**required, **optional}, "examples": [contract.example],
-    }  # fmt: skip
+    return {**schema, "properties": {**required, **optional}, "examples": list(contract.examples().values())}
 
 
-def _object_schema(**properties: Any) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties)}
+def _nullable(schema: Schema) -> Schema:
+    """null means: not given."""
+    enum = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return {**schema, **enum, "type": [schema["type"], "null"]}
+
+
+def _object_schema(required: Sequence[str] | None = None, **properties: Any) -> Schema:
+    """An object whose properties are all required, unless `required` names those that are."""
+    return {"type": "object", "properties": properties, "required": list(properties if required is None else required)}
+
+
+def _results_schema(score: str, **document: Schema) -> Schema:
+    optional = {"id": {"type": ["string", "integer"]}, "truncated": {"type": "boolean"}, **document}
+    properties = {"index": _INTEGER, score: _NUMBER, "model": _STRING, **optional}
+    return {"type": "array", "items": _object_schema(["index", score, "model"], **properties)}
 
 
 _NUMBER, _STRING, _INTEGER = {"type": "number"}, {"type": "string"}, {"type": "integer"}
 _ERROR_SCHEMA = _object_schema(
-    error={"anyOf": [_STRING, _object_schema(message=_STRING, type=_STRING, code=_INTEGER)]},
+    error={"anyOf": [_STRING, _object_schema(["message", "type", "code"], message=_STRING, type=_STRING, code=_INTEGER,
+                                             param=_STRING)]},
     error_type=_STRING, message=_STRING, detail=_STRING,
 )  # fmt: skip
-_RELEVANCE = {"type": "array", "items": _object_schema(index=_INTEGER, relevance_score=_NUMBER, model=_STRING)}
 _USAGE = _object_schema(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
-_SCORES = {"type": "array", "items": _object_schema(index=_INTEGER, score=_NUMBER, model=_STRING)}
+_META = _object_schema(api_version=_object_schema(version=_STRING), billed_units=_object_schema(search_units=_INTEGER))
 _RESPONSE_SCHEMAS: dict[str, Schema] = {
     "native": {"type": "array", "items": _NUMBER},
-    "tei": _SCORES,
-    "jina": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, results=_RELEVANCE,
-                           meta={"type": "object"}),
-    "voyage": _object_schema(object=_STRING, data=_RELEVANCE, model=_STRING, usage={"type": "object"}),
-    "score": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, data=_SCORES),
+    "tei": _results_schema("score", text=_STRING),
+    "jina": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, meta=_META,
+                           results=_results_schema("relevance_score", document=_object_schema(text=_STRING))),
+    "voyage": _object_schema(object=_STRING, model=_STRING, usage=_object_schema(total_tokens=_INTEGER),
+                             data=_results_schema("relevance_score", document=_STRING)),
+    "score": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE,
+                            data=_results_schema("score", object=_STRING, document=_STRING)),
 }  # fmt: skip
-_PAGES = {
-    "/health": "alive, and which file serves which role", "/info": "limits, as text-embeddings-inference gives them",
-    "/v1/models": "the models that are here", "/openapi.json": "this document", "/docs": "this document as a page",
-    "/debug/pair": "the token ids that the model sees for one pair",
+_OBJECT = {"type": "object"}
+_PAGES = {  # what each answers, and the media type and schema of the answer
+    "/health": ("alive, and which file serves which role", "application/json",
+                _object_schema(status=_STRING, version=_STRING, models=_OBJECT)),
+    "/info": ("limits, as text-embeddings-inference gives them", "application/json",
+              _object_schema(["model_id", "model_type", "max_input_length", "max_client_batch_size"], model_id=_STRING,
+                             model_type=_object_schema(reranker=_OBJECT), max_input_length=_INTEGER,
+                             max_client_batch_size=_INTEGER)),
+    "/v1/models": ("the models that are here", "application/json",
+                   _object_schema(object=_STRING, data={"type": "array", "items": _object_schema(["id"], id=_STRING)})),
+    "/openapi.json": ("this document", "application/json", _object_schema(openapi=_STRING, paths=_OBJECT)),
+    "/docs": ("this document as a page", "text/html", _STRING),
+    "/debug/pair": ("the token ids that the model sees for one pair", "application/json",
+                    _object_schema(["ids", "pieces", "logit", "score"], ids={"type": "array", "items": _INTEGER},
+                                   pieces={"type": "array", "items": _STRING}, logit=_NUMBER, score=_NUMBER)),
 }  # fmt: skip
+_PAIR_SCHEMA = _object_schema(["query", "passage"], query=_STRING, passage=_STRING, use_llm={"type": "boolean"})
 _STATUSES = {400: "a field is wrong; the message names it", 401: "the key is missing or wrong", 404: "no such model",
              411: "no Content-Length", 413: "the body is too large", 500: "a pair could not be scored",
              503: "no model for this role, or the server is stopping"}  # fmt: skip
@@ -2121,22 +2161,26 @@ _STATUSES = {400: "a field is wrong; the message names it", 401: "the key is mis
 
 def _operation(path: str, method: str) -> dict[str, Any]:
     here = [contract for contract in CONTRACTS if path in contract.routes]
-    name = re.sub(r"\W+", "_", f"{method.lower()}{path}")
-    if not here:
-        good = {"description": "OK", "content": {"application/json": {"schema": {}}}}
-        return {"operationId": name, "summary": _PAGES[path], "responses": {"200": good}}
-    references = {kind: [{"$ref": f"#/components/schemas/{contract.name}_{kind}"} for contract in here]
-                  for kind in ("request", "response")}  # fmt: skip
-    examples = {contract.name: {"summary": contract.help, "value": contract.example} for contract in here}
-    body = {"schema": {"anyOf": references["request"]}, "examples": examples}
-    shapes = {"application/json": {"schema": {"anyOf": references["response"]}}}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/error"}}}
     errors = {str(code): {"description": text, "content": error} for code, text in _STATUSES.items()}
-    return {
-        "operationId": name, "summary": "; ".join(contract.help for contract in here),
-        "requestBody": {"required": True, "content": {"application/json": body}},
-        "responses": {"200": {"description": "the scores", "content": shapes}, **errors},
-    }  # fmt: skip
+    operation: dict[str, Any] = {"operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}")}
+    if here:
+        operation["summary"] = "; ".join(contract.help for contract in here)
+        answer, kind = {"anyOf": [_reference(contract, "response") for contract in here]}, "application/json"
+        asked = {"anyOf": [_reference(contract, "request") for contract in here]}
+        examples = {name: {"value": value} for contract in here for name, value in contract.examples().items()}
+    else:
+        operation["summary"], kind, answer = _PAGES[path]
+        asked, examples = _PAIR_SCHEMA, {"pair": {"value": {"query": _QUERY, "passage": _TEXTS[0]}}}
+    if method == "POST":
+        body = {"application/json": {"schema": asked, "examples": examples}}
+        operation["requestBody"] = {"required": True, "content": body}
+    good = {"description": "OK", "content": {kind: {"schema": answer}}}
+    return {**operation, "responses": {"200": good, **(errors if path not in OPEN_ROUTES else {})}}
+
+
+def _reference(contract: Contract, kind: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{contract.name}_{kind}"}
 
 
 def docs_page(routes: dict[str, dict[str, Any]]) -> str:
@@ -2147,10 +2191,10 @@ def docs_page(routes: dict[str, dict[str, Any]]) -> str:
 
     escape = html.escape
     fields = rows((f"<code>{field.name}</code>", escape(field.help), ", ".join(field.contracts)) for field in FIELDS)
-    pages = rows((f"<code>{path}</code>", escape(_PAGES[path])) for path in routes if path in _PAGES)
+    pages = rows((f"<code>{path}</code>", escape(_PAGES[path][0])) for path in routes if path in _PAGES)
     contracts = "".join(
         f"<h3>{contract.name}</h3><p>{escape(contract.help)}. <code>POST {', '.join(contract.routes)}</code></p>"
-        f"<pre>{escape(json.dumps(contract.example, indent=2))}</pre>"
+        + "".join(f"<pre>{escape(json.dumps(example, indent=2))}</pre>" for example in contract.examples().values())
         for contract in reversed(CONTRACTS)
     )  # fmt: skip
     style = (

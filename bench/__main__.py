@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ REQUESTS_OF_ONE = 5  # single pairs in a round: one alone says little about late
 PAUSE_S = 0.2  # between engines: threads of the one that has just answered may still spin
 
 T = TypeVar("T")
+Save = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,11 @@ def start_all(engines: Sequence[Engine], setup: Setup, missing: dict[str, str]) 
     return running
 
 
-def compare(engines: Sequence[Engine], setup: Setup, rounds: Sequence[Round]) -> dict[str, Any]:
-    """Asks all engines in turn. Returns {"rows": one for each engine and scenario, "missing": name -> reason}."""
+def compare(engines: Sequence[Engine], setup: Setup, rounds: Sequence[Round], save: Save) -> dict[str, Any]:
+    """Asks all engines in turn. Returns {"rows": one for each engine and scenario, "missing": name -> reason}.
+
+    save: is given what is known so far after each of the rounds, as a whole run takes long and may be cut short.
+    """
     missing: dict[str, str] = {}
     running = start_all(engines, setup, missing)
     samples: dict[tuple[str, str], Samples] = {}
@@ -146,11 +151,18 @@ def compare(engines: Sequence[Engine], setup: Setup, rounds: Sequence[Round]) ->
                 except MissingError as reason:
                     missing[one.engine.name] = str(reason)
                 time.sleep(PAUSE_S)
-        good = [one for one in running if one.engine.name not in missing]
-        return {"rows": [row for one in good for row in _rows(one, samples)], "missing": missing}
+            save(_result(running, samples, missing))
+        return _result(running, samples, missing)
     finally:
         for one in running:
             one.close()
+
+
+def _result(
+    running: Sequence[Running], samples: dict[tuple[str, str], Samples], missing: dict[str, str]
+) -> dict[str, Any]:
+    good = [one for one in running if one.engine.name not in missing]
+    return {"rows": [row for one in good for row in _rows(one, samples)], "missing": missing}
 
 
 def rotated(running: list[T], by: int) -> list[T]:
@@ -195,16 +207,16 @@ def bench(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     scenarios = scenarios_of(arguments.sizes, arguments.clients)
     rounds = draw_rounds(setup.files[ours[0]], read_texts(arguments.data), scenarios, arguments.runs)
     n_pairs = sum(len(request.passages) for round_ in rounds for request in round_.requests)
-    result = compare(engines_of(model, ours, arguments.peers), setup, rounds)
-    return {
+    head = {
         "model": model,
         "machine": machine,
         "files_mb": {name: path.stat().st_size / 1e6 for name, path in setup.files.items()},
         "texts": arguments.data.name if arguments.data else "made",
         "mean_tokens_per_pair": sum(round_.n_tokens for round_ in rounds) / n_pairs,
         "runs": arguments.runs,
-        **result,
     }
+    engines = engines_of(model, ours, arguments.peers)
+    return head | compare(engines, setup, rounds, lambda so_far: report.write(head | so_far, arguments.out))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -233,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))  # so that the engines are stopped as well
     for model in arguments.models:
         result = bench(model, arguments)
         print(report.write(result, arguments.out))

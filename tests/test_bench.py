@@ -88,7 +88,10 @@ def test_engines_are_asked_in_turn_with_the_same_lists(setup: Setup) -> None:
     engines = [fake_engine("first"), Engine("absent", engine_that_is_missing), fake_engine("second")]
     scenario = bench.Scenario(2, clients=2, requests=3)
     rounds = [bench.Round(scenario, [Request("q", (f"{n}", "passage"))] * 3, n_tokens=60) for n in range(2)]
-    result = bench.compare(engines, setup, rounds)
+    saved: list[dict[str, Any]] = []
+    result = bench.compare(engines, setup, rounds, saved.append)
+    assert len(saved) == len(rounds)
+    assert saved[-1] == result
     assert result["missing"] == {"absent": "not installed"}
     assert [row["engine"] for row in result["rows"]] == ["first", "second"]
     running = ["first", "second", "third"]
@@ -100,14 +103,14 @@ def test_engines_are_asked_in_turn_with_the_same_lists(setup: Setup) -> None:
 def test_an_engine_that_refuses_a_list_is_left_out_with_its_reason(setup: Setup) -> None:
     """An error that is answered quickly must not count as speed."""
     rounds = [bench.Round(bench.Scenario(1), [Request("q", (text,))], n_tokens=9) for text in ("good", "refuse")]
-    result = bench.compare([fake_engine("fake")], setup, rounds)
+    result = bench.compare([fake_engine("fake")], setup, rounds, save=id)
     assert result["rows"] == []
     assert "500" in result["missing"]["fake"]
 
 
 def test_an_engine_that_ends_at_its_start_is_named_with_its_last_words(setup: Setup) -> None:
     broken = Engine("broken", lambda setup, port: [sys.executable, "-c", "raise SystemExit('no such file')"])
-    assert "no such file" in bench.compare([broken], setup, [])["missing"]["broken"]
+    assert "no such file" in bench.compare([broken], setup, [], save=id)["missing"]["broken"]
 
 
 def test_scaling_measures_each_axis_alone(m3_results: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ correctness is the matter of tests/test_parity.py. Scored pairs are remembered, 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Gguf
+from conftest import ROOT, Gguf
 from server_process import ServerProcess
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
@@ -77,8 +78,9 @@ def haystack_tei(ask: Ask) -> Ranked:
     )
     haystack = pytest.importorskip("haystack")
     ranker = rankers.HuggingFaceTEIRanker(
-        url=ask.url, top_k=ask.top_n or len(ask.documents), token=haystack.utils.Secret.from_token(ask.key), max_retries=1
-    )
+        url=ask.url, top_k=ask.top_n or len(ask.documents), max_retries=1,
+        token=haystack.utils.Secret.from_token(ask.key),
+    )  # fmt: skip
     documents = [haystack.Document(content=text, id=str(index)) for index, text in enumerate(ask.documents)]
     direction = rankers.ranker.TruncationDirection.RIGHT
     ranked = ranker.run(query=ask.query, documents=documents, truncation_direction=direction)["documents"]
@@ -129,17 +131,19 @@ def litellm_of(provider: str) -> Callable[[Ask], Ranked]:
 
 class Client(NamedTuple):
     """errors: the exception's type, by name, for each status that this client can get. says_why: it carries the message
-    of the server. has_model: a request can name one."""
+    of the server. has_model: a request can name one. bad: what the client sends although it is wrong."""
 
     name: str
     rank: Callable[[Ask], Ranked]
     errors: dict[int, str]
     says_why: bool = True
     has_model: bool = True
+    bad: str = "query"
 
 
 COHERE = {400: "BadRequestError", 401: "UnauthorizedError", 503: "ServiceUnavailableError"}
 VOYAGE = {400: "InvalidRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}
+LITELLM = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}
 NO_RESULTS = {400: "KeyError", 401: "KeyError", 503: "KeyError"}  # rerankers does not look at the status
 CLIENTS = [
     Client("cohere v1", cohere_v1, COHERE),
@@ -153,10 +157,11 @@ CLIENTS = [
            dict.fromkeys((400, 401, 503), "TypeError"), False),
     Client("infinity", infinity, dict.fromkeys((400, 401, 503), "UnexpectedStatus")),
     Client("voyage", voyage, VOYAGE),
-    Client("litellm cohere", litellm_of("cohere"), {}),
-    Client("litellm jina", litellm_of("jina_ai"), {}),
-    Client("litellm vllm", litellm_of("hosted_vllm"), {}),
-    Client("litellm TEI", litellm_of("huggingface"), {}),
+    Client("litellm cohere", litellm_of("cohere"), LITELLM, bad="top_n"),
+    Client("litellm jina", litellm_of("jina_ai"), LITELLM, bad="top_n"),
+    Client("litellm vllm", litellm_of("hosted_vllm"), LITELLM, bad="top_n"),
+    Client("litellm TEI", litellm_of("huggingface"), {400: "BadRequestError", 401: "AuthenticationError"},
+           has_model=False, bad="top_n"),
 ]  # fmt: skip
 
 
@@ -209,8 +214,8 @@ def test_the_models_name_reaches_gemma_from_a_client(tiny_server: ServerProcess,
         assert client.rank(Ask(tiny_server.url, model=name)) == expected
 
 
+BAD: dict[str, Any] = {"query": None, "top_n": 0}
 CAUSES: dict[int, tuple[dict[str, Any], str]] = {  # what brings it about, and words of the server's message
-    400: ({"query": None}, "'query'"),
     401: ({"key": "wrong"}, "Authorization"),
     503: ({"model": "gemma"}, "make convert MODEL=gemma"),
 }
@@ -221,7 +226,7 @@ CAUSES: dict[int, tuple[dict[str, Any], str]] = {  # what brings it about, and w
     ids=lambda value: getattr(value, "name", str(value)),
 )  # fmt: skip
 def test_a_refusal_is_the_clients_own_exception(locked: str, client: Client, status: int) -> None:
-    changes, words = CAUSES[status]
+    changes, words = CAUSES.get(status, ({client.bad: BAD[client.bad]}, f"'{client.bad}'"))
     with pytest.raises(Exception) as caught:  # which one is checked below
         client.rank(Ask(locked, key=KEY)._replace(**changes))
     assert type(caught.value).__name__ == client.errors[status]
@@ -232,3 +237,60 @@ def test_a_refusal_is_the_clients_own_exception(locked: str, client: Client, sta
 @for_all
 def test_the_right_key_opens(locked: str, client: Client) -> None:
     assert len(client.rank(Ask(locked, key=KEY))) == len(DOCUMENTS)
+
+
+def test_fields_of_this_server_reach_it_through_the_clients(tiny_server: ServerProcess) -> None:
+    """Two stages: gemma's choice first, each result says which model scored it, and what was cut."""
+    cohere = pytest.importorskip("cohere")
+    fields = {"use_llm": True, "llm_top_n": 2, "max_tokens_per_doc": 100}
+    options = {"additional_body_parameters": fields}
+    answer = cohere.ClientV2("any", base_url=tiny_server.url).rerank(
+        model="m3", query=QUERY, documents=DOCUMENTS, request_options=options
+    )
+    assert ["gemma" in result.model for result in answer.results] == [True] * 2 + [False] * 6
+    assert [result.index for result in answer.results if getattr(result, "truncated", False)] == [7]
+
+    models = pytest.importorskip("infinity_client.models")
+    body = models.RerankInput(query=QUERY, documents=DOCUMENTS)
+    for name, value in fields.items():
+        body[name] = value
+    rerank = pytest.importorskip("infinity_client.api.default.rerank")
+    client = pytest.importorskip("infinity_client").Client(base_url=tiny_server.url)
+    results = rerank.sync(client=client, body=body).results
+    assert [result.index for result in results] == [result.index for result in answer.results]
+    assert "gemma" in results[0]["model"]
+
+
+# -- The README's table ------------------------------------------------------------------------------------------------
+
+HERE = "http://127.0.0.1:8000"
+TABLE = re.findall(r"\| `(.+?)`<br>`(.+?)` \|", (ROOT / "README.md").read_text(encoding="utf-8"))
+MODULES = {  # name in the README's lines -> module that has it
+    "cohere": "cohere", "voyageai": "voyageai", "litellm": "litellm", "Reranker": "rerankers",
+    "CohereRerank": "langchain_cohere", "TextEmbeddingInference": "llama_index.postprocessor.tei_rerank",
+    "XinferenceRerank": "llama_index.postprocessor.xinference_rerank",
+    "JinaRerank": "llama_index.postprocessor.jinaai_rerank",
+    "HuggingFaceTEIRanker": "haystack_integrations.components.rankers.huggingface_api",
+    "Client": "infinity_client", "RerankInput": "infinity_client.models",
+    "rerank": "infinity_client.api.default.rerank",
+    "nodes": "llama_index.core.schema", "docs": "haystack",
+}  # fmt: skip
+
+
+def value_of(name: str) -> Any:
+    module = pytest.importorskip(MODULES[name])
+    if name == "nodes":
+        return [module.NodeWithScore(node=module.TextNode(text=text)) for text in DOCUMENTS]
+    if name == "docs":
+        return [module.Document(content=text) for text in DOCUMENTS]
+    return module if MODULES[name].endswith(name) else getattr(module, name)
+
+
+@pytest.mark.parametrize(("first", "second"), TABLE)
+def test_the_readmes_lines_work_as_they_stand(tiny_server: ServerProcess, first: str, second: str) -> None:
+    lines = [line.replace(HERE, tiny_server.url) for line in (first, second)]
+    assert lines != [first, second], "a line must say where this server is"
+    names = set(re.findall(r"(?<![\w.\"])[A-Za-z_]+(?!=)\b", " ".join(lines))) & MODULES.keys()
+    space: dict[str, Any] = {"query": QUERY, "documents": DOCUMENTS, **{name: value_of(name) for name in names}}
+    exec(lines[0], space)
+    assert eval(lines[1], space), "no results"

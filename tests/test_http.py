@@ -30,7 +30,9 @@ class FakePairs:
             server.Pair((len(query), *range(len(text.split()))), 1, max(0, len(text) - 1000)) for text in passages
         ]  # fmt: skip
 
-    def windows(self, query: str, passage: str, max_length: int | None = None) -> list[server.Pair]:
+    def windows(
+        self, query: str, passage: str, max_length: int | None = None, max_passage: int | None = None
+    ) -> list[server.Pair]:
         return self.make(query, [passage])
 
 

@@ -1,0 +1,189 @@
+"""The OpenAPI document: valid, complete, and true: what it says is what the server does."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+from server_process import ServerProcess
+from test_contracts import ALL, LONG, Contract, Served, for_all, send
+
+Document = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    fixture = Served(debug=True, max_body_mb=1)
+    yield fixture
+    fixture.close()
+
+
+@pytest.fixture(scope="module")
+def document(served: Served) -> Document:
+    status, answer, _ = served.request("GET", "/openapi.json")
+    assert status == 200
+    found: Document = answer
+    return found
+
+
+def check(document: Document, schema: dict[str, Any], value: Any) -> None:
+    """Raises jsonschema.ValidationError. schema may refer to the document's components."""
+    Draft202012Validator({**schema, "components": document["components"]}).validate(value)
+
+
+def operations(document: Document) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, one) for path, methods in document["paths"].items() for method, one in methods.items()]
+
+
+def json_of(part: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = part["content"]["application/json"]
+    return found
+
+
+def examples(document: Document) -> list[tuple[str, str, Any]]:
+    """(path, contract, body) of every example of every POST route."""
+    bodies = [(path, json_of(one["requestBody"])) for path, _, one in operations(document) if "requestBody" in one]
+    named = [(path, name, example["value"]) for path, body in bodies for name, example in body["examples"].items()]
+    return [(path, name.split()[0], value) for path, name, value in named]
+
+
+def test_the_document_is_valid_openapi_3_1(document: Document) -> None:
+    assert document["openapi"].startswith("3.1")
+    validate(document)
+
+
+def test_every_post_describes_its_body_and_has_an_example(document: Document) -> None:
+    for path, method, one in operations(document):
+        if method == "post":
+            assert json_of(one["requestBody"])["schema"], path
+            assert any(path == route for route, _, _ in examples(document)), path
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_every_route_is_in_it_and_nothing_else(debug: bool) -> None:
+    fixture = Served(debug=debug)
+    _, document, _ = fixture.request("GET", "/openapi.json")
+    described = {(path, method.upper()) for path, method, _ in operations(document)}
+    routes = fixture.server.application.routes
+    assert described == {(path, method) for path, methods in routes.items() for method in methods}
+    _, refusal, _ = fixture.request("GET", "/nothing")
+    assert set(re.findall(r"/[\w./]+", refusal["message"])) - {"/nothing"} == {path for path, _ in described}
+    fixture.close()
+
+
+def test_every_example_is_answered_as_the_document_says(document: Document, tiny_server: ServerProcess) -> None:
+    sent = [one for one in examples(document) if one[0] != "/debug/pair"]  # the process runs without --debug
+    assert {path for path, _, _ in sent} >= {"/rerank", "/v1/rerank", "/v2/rerank", "/score"}
+    for path, name, body in sent:
+        status, answer, _ = tiny_server.rerank(path, **body)
+        assert status == 200, (path, name, answer)
+        check(document, {"$ref": f"#/components/schemas/{name}_response"}, answer)
+        check(document, {"$ref": f"#/components/schemas/{name}_request"}, body)
+    assert any(body.get("use_llm") or "gemma" in str(body.get("model")) for _, _, body in sent), "one asks for gemma"
+
+
+def test_the_examples_of_the_schemas_are_sendable_too(document: Document, tiny_server: ServerProcess) -> None:
+    schemas = {name: schema for name, schema in document["components"]["schemas"].items() if name.endswith("_request")}
+    routes = {name: path for path, name, _ in examples(document)}
+    for name, schema in schemas.items():
+        assert schema["examples"], name
+        for body in schema["examples"]:
+            assert tiny_server.rerank(routes[name.removesuffix("_request")], **body)[0] == 200, (name, body)
+
+
+def named_in(contract: Contract) -> str:
+    return "jina" if contract.name.startswith("cohere") else contract.name
+
+
+@for_all
+def test_each_field_of_a_request_is_one_that_is_read(served: Served, document: Document, contract: Contract) -> None:
+    """A property that the parser does not know would be ignored; a known one refuses an object in its place."""
+    schema = document["components"]["schemas"][f"{named_in(contract)}_request"]
+    for name in schema["properties"]:
+        body = {**contract.body(["1"]), name: {"no": "such value"}}
+        status, answer, _ = served.request("POST", contract.route, json.dumps(body).encode())
+        assert (status, f"'{name}'" in answer["message"]) == (400, True), name
+    for name in schema["properties"].keys() - set(schema["required"]):
+        assert schema["properties"][name]["description"], name
+
+
+@for_all
+def test_what_the_server_takes_is_what_the_schema_takes(served: Served, document: Document, contract: Contract) -> None:
+    schema = document["components"]["schemas"][f"{named_in(contract)}_request"]
+    optional = schema["properties"].keys() - set(schema["required"])
+    nulls = dict.fromkeys(optional - ({"top_n"} if contract.name == "voyage" else set()))
+    one = contract.body(["1"])
+    bodies = [one, contract.body([]), {**one, "unknown": 1}, {**one, **nulls}]
+    if contract.name == "score":
+        bodies += [{"text_1": "a", "text_2": "b"}, {"text_1": ["a"], "text_2": ["b"]},
+                   {"queries": "a", "documents": ["b"]}, {"queries": ["a"], "documents": [{"text": "b"}]}]  # fmt: skip
+    elif contract.name != "native":
+        bodies += [contract.body([{"text": "1", "id": 3, "title": "x"}, "2"])]
+    for body in bodies:
+        assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 200, body
+        check(document, schema, body)
+    with pytest.raises(Exception, match=r"is not of type|is not valid under any"):
+        check(document, schema, {**contract.body(["1"]), contract.query: 3})
+
+
+def undescribed(schema: dict[str, Any], value: Any, where: str = "") -> list[str]:
+    """Keys of an answer that its schema does not mention."""
+    if isinstance(value, list):
+        return [key for item in value for key in undescribed(schema.get("items", {}), item, f"{where}[]")]
+    if not isinstance(value, dict):
+        return []
+    known = schema.get("properties", {})
+    missing = [f"{where}.{name}" for name in value if name not in known]
+    for name in value.keys() & known.keys():
+        missing += undescribed(known[name], value[name], f"{where}.{name}")
+    return missing
+
+
+@for_all
+def test_the_longest_answer_has_nothing_that_its_schema_does_not_name(
+    served: Served, document: Document, contract: Contract
+) -> None:
+    schema = document["components"]["schemas"][f"{named_in(contract)}_response"]
+    status, answer, _ = send(served, contract, ["1", LONG], return_documents=True, ids=["a", 2], model="m3")
+    assert status == 200
+    check(document, schema, answer)
+    assert undescribed(schema, answer) == []
+
+
+@for_all
+def test_refusals_are_as_described(served: Served, document: Document, contract: Contract) -> None:
+    answers = [send(served, contract, [3]), served.request("POST", contract.route, b"x" * 2_000_000)]
+    for status, answer, _ in answers:
+        described = document["paths"][contract.route]["post"]["responses"][str(status)]
+        check(document, json_of(described)["schema"], answer)
+
+
+def test_get_routes_answer_as_described(document: Document, tiny_server: ServerProcess) -> None:
+    for path, method, one in operations(document):
+        if method == "get":
+            with urllib.request.urlopen(f"{tiny_server.url}{path}", timeout=30) as answer:
+                kind, body = answer.headers.get_content_type(), answer.read()
+            described = one["responses"]["200"]["content"]
+            assert list(described) == [kind], path
+            if kind == "application/json":
+                check(document, described[kind]["schema"], json.loads(body))
+                assert described[kind]["schema"], f"{path} is not described"
+
+
+def test_the_page_needs_no_network_and_names_every_field(document: Document, tiny_server: ServerProcess) -> None:
+    with urllib.request.urlopen(f"{tiny_server.url}/docs", timeout=30) as answer:
+        page = answer.read().decode()
+    assert not re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?\s*(?:https?:)?//""", page)
+    assert "<script" not in page
+    for name, schema in document["components"]["schemas"].items():
+        if name.endswith("_request"):
+            assert name.removesuffix("_request") in page
+            assert all(field in page for field in schema["properties"]), name
+    assert all(contract.route in page for contract in ALL)
+    assert page.count("<h2") >= 2
