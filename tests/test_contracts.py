@@ -607,3 +607,9 @@ def test_the_models_are_listed_by_names_that_select_them(served: Served) -> None
     assert {model["object"] for model in answer["data"]} == {"model"}
     for model in answer["data"]:
         assert ask(served, JINA, ["1"], model=model["id"])[0]["model"] == model["id"]
+
+
+def test_a_null_key_of_another_contract_is_as_if_it_were_not_there(served: Served) -> None:
+    status, answer, _ = served.request("POST", "/rerank", b'{"query": "q", "documents": ["1"], "texts": null}')
+    assert status == 200, answer
+    assert answer["results"][0]["index"] == 0
