@@ -2038,8 +2038,8 @@ _VOYAGE = {"top_k", "truncation"}
 
 def _given(body: dict[str, Any], default: str = "") -> str:
     """Under which key a body brings its texts; one that is null counts where there is no other."""
-    present = sorted((name for name in ("passages", "texts", "documents") if name in body), key=lambda n: body[n] is None)
-    return present[0] if present else default
+    present = [name for name in ("passages", "texts", "documents") if name in body]
+    return min(present, key=lambda name: body[name] is None, default=default)
 
 
 
