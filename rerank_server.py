@@ -56,6 +56,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import urllib.parse
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1184,6 +1185,10 @@ class ModelDescription:
     def name(self) -> str:
         return self.path.stem
 
+    def max_length(self, settings: Settings) -> int:
+        """Tokens of the longest pair: what is asked for, as far as the model takes it."""
+        return min(self.max_tokens, settings.max_length)
+
 
 def describe(gguf: GgufFile) -> ModelDescription:
     """Checks what scoring depends on. Raises ModelError with one line that says what is wrong."""
@@ -1334,7 +1339,6 @@ class LlamaModel:
         with _captured_native_log() as lines:
             self.context = llama.llama_init_from_model(self.model, parameters)
             if not self.context:
-                self.close()
                 raise ModelError(f"{self._path}: no context of {n_ctx} tokens ({lines.reason('out of memory?')})")
         self._natives.callback(llama.llama_free, self.context)
 
@@ -1457,7 +1461,7 @@ class LlamaEngine:
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """See Engine.score."""
-        return self._in_batches(pairs, lambda pair: len(pair.ids), self._score_batch)
+        return self._in_batches(pairs, lambda pair: pair.n_new, self._score_batch)
 
     def _in_batches(
         self, items: Sequence[T], n_tokens: Callable[[T], int], work: Callable[[list[T]], list[Any]]
@@ -1483,10 +1487,11 @@ class LlamaEngine:
 class RankPoolingEngine(LlamaEngine):
     """Cross-encoders: the logit of the classification head (llama.cpp's RANK pooling), one float for each pair."""
 
-    def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
-        model = LlamaModel(description, settings)
+    def __init__(
+        self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
+    ) -> None:  # fmt: skip
         super().__init__(description, model, settings)
-        limit = min(settings.max_length, description.max_tokens)
+        limit = description.max_length(settings)
         self.pairs = _cross_encoder_pairs(model, description, limit)
         self._token_types = TokenTypeEmbeddings(gguf) if description.token_types > 1 else None
         self._encoder = EncoderContext(model, limit, settings.ubatch, llama.LLAMA_POOLING_TYPE_RANK)
@@ -1575,12 +1580,13 @@ def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> Flo
 class YesLogitEngine(LlamaEngine):
     """bge-reranker-v2-gemma: the logit of "Yes" after the prompt. The logit of "No" plays no part."""
 
-    def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
-        model = LlamaModel(description, settings)
+    def __init__(
+        self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
+    ) -> None:  # fmt: skip
         super().__init__(description, model, settings)
         tokenizer = VocabTokenizer(model.vocab)
         bos = _special(model, description, llama.llama_vocab_bos(model.vocab), "<bos>")
-        limit = min(settings.max_length, description.max_tokens)
+        limit = description.max_length(settings)
         self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
         self._yes = _yes_token(gguf, tokenizer)
         (shortest,) = self.pairs.make("", [""])  # its length is the prompt's: fewer sequences, fewer logits kept
@@ -1598,7 +1604,7 @@ class YesLogitEngine(LlamaEngine):
             groups.setdefault(pair.ids[: pair.n_shared], []).append(index)
         for prefix, indices in groups.items():
             self._hold(prefix)
-            scored = self._in_batches([pairs[index] for index in indices], lambda pair: pair.n_new, self._score_batch)
+            scored = super().score([pairs[index] for index in indices])
             for index, logit in zip(indices, scored, strict=True):
                 logits[index] = logit
         return logits
@@ -1650,11 +1656,12 @@ def _yes_token(gguf: GgufFile, tokenize: Tokenizer) -> int:
 class EmbeddingEngine(LlamaEngine):
     """The mini model: mean-pooled embeddings of query and passage, and a fitted line from their cosine to a logit."""
 
-    def __init__(self, gguf: GgufFile, description: ModelDescription, settings: Settings) -> None:
-        model = LlamaModel(description, settings)
+    def __init__(
+        self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
+    ) -> None:  # fmt: skip
         super().__init__(description, model, settings)
         first, last = _bert_frame(model, description)
-        limit = min(settings.max_length, description.max_tokens)
+        limit = description.max_length(settings)
         self.pairs = TextPairs(_word_piece(model, description), first, last, limit)
         self._n_embd = llama.llama_model_n_embd(model.model)
         self._encoder = EncoderContext(model, limit, settings.ubatch, llama.LLAMA_POOLING_TYPE_MEAN)
@@ -1684,7 +1691,7 @@ class EmbeddingEngine(LlamaEngine):
         return list(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
-_ENGINES: dict[str, Callable[[GgufFile, ModelDescription, Settings], Any]] = {
+_ENGINES: dict[str, Callable[[GgufFile, ModelDescription, LlamaModel, Settings], LlamaEngine]] = {
     CROSS_ENCODER: RankPoolingEngine, YES_LOGIT: YesLogitEngine, BI_ENCODER: EmbeddingEngine,
 }  # fmt: skip
 
@@ -1695,11 +1702,12 @@ def load_engine(path: Path, settings: Settings) -> LlamaEngine:
     description = describe(gguf)
     if not gguf.header_is_intact() and IN_CHILD not in os.environ:
         _try_in_child(path)
-    engine = cast(LlamaEngine, _ENGINES[description.kind](gguf, description, settings))
+    model = LlamaModel(description, settings)
     try:
+        engine = _ENGINES[description.kind](gguf, description, model, settings)
         _check_known_pair(gguf, engine)
-    except BaseException:
-        engine.close()
+    except BaseException:  # a file that is refused is asked for again with the next request: free it now
+        model.close()
         raise
     return engine
 
@@ -1898,7 +1906,7 @@ class Roles:
     @staticmethod
     def find(settings: Settings) -> Roles:
         """Takes the files named by flags, else those in the models folder. Raises ModelError when none serves m3."""
-        found = _files_by_kind(settings.models)
+        found = {} if settings.m3 and settings.gemma else _files_by_kind(settings.models)
         m3 = _describe_for(settings.m3, CROSS_ENCODER, BI_ENCODER) or _newest(found, CROSS_ENCODER)
         mini = None if m3 else _newest(found, BI_ENCODER)
         gemma = _describe_for(settings.gemma, YES_LOGIT) or _newest(found, YES_LOGIT)
@@ -2240,7 +2248,7 @@ class Application:
         request, contract = RerankRequest.parse(raw, path)
         ranking = self.rank(request)
         files = dict.fromkeys((ranking.file, *(result.model for result in ranking.results)))
-        headers = {"X-Rerank-Model": ",".join(files)}
+        headers = {"X-Rerank-Model": ",".join(map(urllib.parse.quote, files))}  # a header holds no other alphabet
         if truncated := sorted(result.index for result in ranking.results if result.truncated):
             headers["X-Rerank-Truncated"] = ",".join(map(str, truncated))
         return Response(200, contract.write(ranking, request, path), headers)
@@ -2270,22 +2278,18 @@ class Application:
         return {
             "file": description.path.name, "kind": description.kind, "architecture": description.architecture,
             "quantization": description.quantization, "file_bytes": description.file_bytes,
-            "max_length": self._max_length(role), "loaded": role.loaded,
+            "max_length": description.max_length(self._settings), "loaded": role.loaded,
             "is_fallback": role.name == "m3" and self._roles.is_fallback,
             "cache": {"entries": len(role.cache), "hits": role.cache.hits, "misses": role.cache.misses},
         }  # fmt: skip
 
-    def _max_length(self, role: Role) -> int:
-        return min(role.description.max_tokens, self._settings.max_length)
-
     def info(self, raw: bytes) -> Response:
         """TEI's GET /info, which its clients ask first, and every limit of this server."""
-        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        labels, model = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}, self._roles.m3.description
         return Response(200, {
-            "model_id": self._roles.m3.description.source or self._roles.m3.description.name,
-            "model_sha": None, "model_dtype": self._roles.m3.description.quantization,
+            "model_id": model.source or model.name, "model_sha": None, "model_dtype": model.quantization,
             "model_type": {"reranker": labels}, "max_concurrent_requests": _MANY,
-            "max_input_length": self._max_length(self._roles.m3), "max_batch_tokens": self._settings.ubatch,
+            "max_input_length": model.max_length(self._settings), "max_batch_tokens": self._settings.ubatch,
             "max_client_batch_size": MAX_CLIENT_BATCH_SIZE, "auto_truncate": True,
             "max_body_bytes": self._settings.max_body_mb * 1_000_000,
             "tokenization_workers": self._settings.threads_used, "version": __version__,
@@ -2585,7 +2589,7 @@ def _role_lines(title: str, role: Role, settings: Settings) -> list[str]:
     lines = [
         f"  {title}  {os.path.relpath(model.path)}",
         f"    {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB, "
-        f"at most {min(model.max_tokens, settings.max_length):,} tokens",
+        f"at most {model.max_length(settings):,} tokens",
     ]
     return lines + [f"    set right while loading: {key} = {_FIXED_VALUES[key]}" for key in model.fixes]
 

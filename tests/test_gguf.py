@@ -146,6 +146,14 @@ def test_a_yes_token_that_is_not_the_tokenizers_is_refused(gguf_of: Gguf, tmp_pa
     assert "'Yes'" in refusal(rewrite(gguf_of("gemma"), tmp_path / "yes.gguf", {"rerank.yes_token_id": 9}))
 
 
+def test_a_refused_file_is_freed(gguf_of: Gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gemma is loaded on demand: each request for a refused file would otherwise keep another copy of it."""
+    path = rewrite(gguf_of("gemma"), tmp_path / "yes.gguf", {"rerank.yes_token_id": 9})
+    monkeypatch.setenv(server.IN_CHILD, "1")  # so that it is loaded in this process
+    refusal(path)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 def _cut(data: bytes) -> bytes:
     return data[: len(data) * 2 // 3]
 

@@ -121,6 +121,15 @@ def test_without_an_m3_file_the_mini_model_serves_and_everything_says_so(gguf_of
     assert server.stop() == 0
 
 
+def test_a_file_name_in_another_alphabet_is_served(gguf_of: Gguf, tmp_path: Path) -> None:
+    """Its name goes into a header, which holds Latin letters only: the connection would close without an answer."""
+    shutil.copy(gguf_of("xlmr"), tmp_path / "модель.gguf")
+    server = ServerProcess("--models", tmp_path)
+    status, _, headers = server.rerank(query="q", passages=["a"])
+    assert (status, headers["X-Rerank-Model"]) == (200, "%D0%BC%D0%BE%D0%B4%D0%B5%D0%BB%D1%8C")
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_under_load_answers_what_is_in_flight(models: Path, number: int) -> None:
     server = ServerProcess("--models", models)
