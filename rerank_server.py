@@ -45,6 +45,7 @@ import logging
 import math
 import mmap
 import os
+import platform
 import re
 import select
 import signal
@@ -85,6 +86,9 @@ log = logging.getLogger("rerank")
 
 MIN_MAX_LENGTH_TOKENS = 32  # below this the reference's 3/4 rule leaves no room for the passage beside the specials
 MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
+MIN_UBATCH_TOKENS = 32
+CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch, masked: pairs packed together pay for each other
+GPU_UBATCH_TOKENS = 2048  # not measured here: what llama.cpp's users take on a GPU
 MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
 QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
 MAX_REQUEST_LINE_BYTES = 65536
@@ -95,8 +99,13 @@ LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read 
 MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma", "mini": "make run"}
 
 
-def _setting(default: Any, help: str, low: int | None = None, high: int | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+def _setting(
+    default: Any, help: str, low: int | None = None, high: int | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+AUTO, ON, OFF = "auto", "on", "off"
 
 
 @dataclass(frozen=True)
@@ -115,8 +124,12 @@ class Settings:
         1024, "longest pair in tokens; longer ones are truncated as the reference does",
         MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS,
     )  # fmt: skip
-    threads: int = _setting(0, "threads that compute; 0: one for each CPU that this process may use", 0, 1024)
-    ubatch: int = _setting(512, "tokens packed into one decode (a longer pair gets a decode of its own)", 32, 8192)
+    threads: int = _setting(0, "threads that compute; 0: one for each physical core that this process may use", 0, 1024)
+    ubatch: int = _setting(
+        0, "tokens packed into one decode (a longer pair gets a decode of its own); 0: what suits the machine", 0, 8192
+    )  # fmt: skip
+    flash_attention: str = _setting(AUTO, "attention without its matrix in memory", choices=(AUTO, ON, OFF))
+    repack: str = _setting(AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
     gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
     cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
@@ -130,14 +143,18 @@ class Settings:
             low, high, value = field.metadata["low"], field.metadata["high"], getattr(self, field.name)
             if low is not None and not low <= value <= high:
                 raise SettingsError(f"{flag_of(field.name)} must be between {low} and {high}, not {value}")
+            if (choices := field.metadata["choices"]) and value not in choices:
+                raise SettingsError(f"{flag_of(field.name)} must be {', '.join(choices)}, not {value!r}")
+        if 0 < self.ubatch < MIN_UBATCH_TOKENS:
+            raise SettingsError(f"--ubatch must be 0 or at least {MIN_UBATCH_TOKENS}, not {self.ubatch}")
         for name in ("m3", "gemma"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise SettingsError(f"{flag_of(name)}: there is no file {path}")
 
-    @property
-    def threads_used(self) -> int:
-        return self.threads or usable_cpus()
+    @functools.cached_property
+    def tuning(self) -> Tuning:
+        return Tuning.of(self)
 
 
 class SettingsError(Exception):
@@ -152,15 +169,67 @@ def environment_variable_of(name: str) -> str:
     return "RERANK_" + name.upper()
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity mask, and the quota of its cgroup (docker run --cpus)."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True)
+class Tuning:
+    """How this machine computes best, where a setting does not say. The figures behind the rules are those of
+    `python -m bench.settings` (bench/results/settings.md)."""
+
+    threads: int
+    ubatch: int  # tokens
+    flash_attention: bool
+    repack: bool
+
+    @staticmethod
+    def of(settings: Settings) -> Tuning:
+        on_gpu = settings.gpu_layers != 0 and llama.llama_supports_gpu_offload()
+        is_arm = platform.machine().lower() in ("arm64", "aarch64")
+        return Tuning(
+            threads=settings.threads or usable_cores(),
+            ubatch=settings.ubatch or (GPU_UBATCH_TOKENS if on_gpu else CPU_UBATCH_TOKENS),
+            flash_attention=settings.flash_attention != OFF,  # faster at every size, and no matrix of scores in memory
+            # On x86 the tiled kernels beat the repacked ones, which also copy the weights out of the mapped file.
+            repack=settings.repack == ON or (settings.repack == AUTO and is_arm and not on_gpu),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.threads} threads, decodes of up to {self.ubatch} tokens, flash attention "
+            f"{ON if self.flash_attention else OFF}, weights {'' if self.repack else 'not '}repacked"
+        )
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: two threads of one core share its multipliers. Bounded by the affinity
+    mask and by the CPU quota of its cgroup (docker run --cpus)."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = len({_core_of(cpu) for cpu in cpus})
+    return int(max(1, min(cores, _cgroup_cpus(Path("/sys/fs/cgroup")))))
+
+
+def _core_of(cpu: int) -> str:
+    """The CPUs that share a core with this one, as the kernel lists them; itself where it does not."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cpus = min(cpus, max(1, int(quota) // int(period)))
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus(root: Path) -> float:
+    """The smallest quota (cgroup v2, cpu.max) from this process's group up to the root; infinite without one."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
+    except OSError:
+        return math.inf
+    folders = [root / group, *(root / group).parents]
+    return min((_cpu_quota(folder) for folder in folders if folder.is_relative_to(root)), default=math.inf)
+
+
+def _cpu_quota(folder: Path) -> float:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return max(1.0, int(quota) / int(period))
     except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        pass
-    return max(1, cpus)
+        return math.inf
 
 
 def settings_parser() -> argparse.ArgumentParser:
@@ -1313,7 +1382,7 @@ class LlamaModel:
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = settings.gpu_layers if settings.gpu_layers >= 0 else 1000
         parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP
-        parameters.use_extra_bufts = False  # repacked copies of the weights: more memory, and slower on AVX512-VNNI
+        parameters.use_extra_bufts = settings.tuning.repack
         overrides = _overrides(description.fixes)
         parameters.kv_overrides = overrides
         with _captured_native_log() as lines:
@@ -1331,10 +1400,13 @@ class LlamaModel:
         is_encoder = pooling != llama.LLAMA_POOLING_TYPE_UNSPECIFIED
         parameters.n_seq_max = n_sequences
         parameters.n_outputs_max = 0 if is_encoder else n_sequences  # 0: every token, which pooling needs
-        parameters.n_threads = parameters.n_threads_batch = self._settings.threads_used
+        parameters.n_threads = parameters.n_threads_batch = self._settings.tuning.threads
         parameters.embeddings = is_encoder
         parameters.pooling_type = pooling
-        parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED  # faster at every size, far less memory
+        flash_attention = self._settings.tuning.flash_attention
+        parameters.flash_attn_type = (
+            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         parameters.kv_unified = True  # pairs of unequal length share one cache; separate streams are slower
         with _captured_native_log() as lines:
             self.context = llama.llama_init_from_model(self.model, parameters)
@@ -1453,7 +1525,7 @@ class LlamaEngine:
 
     def __init__(self, description: ModelDescription, model: LlamaModel, settings: Settings) -> None:
         self.description, self._model = description, model
-        self.max_batch_tokens, self.max_sequences = settings.ubatch, MAX_SEQUENCES
+        self.max_batch_tokens, self.max_sequences = settings.tuning.ubatch, MAX_SEQUENCES
 
     @property
     def kind(self) -> str:
@@ -1494,7 +1566,7 @@ class RankPoolingEngine(LlamaEngine):
         limit = description.max_length(settings)
         self.pairs = _cross_encoder_pairs(model, description, limit)
         self._token_types = TokenTypeEmbeddings(gguf) if description.token_types > 1 else None
-        self._encoder = EncoderContext(model, limit, settings.ubatch, llama.LLAMA_POOLING_TYPE_RANK)
+        self._encoder = EncoderContext(model, limit, settings.tuning.ubatch, llama.LLAMA_POOLING_TYPE_RANK)
 
     def _score_batch(self, pairs: list[Pair]) -> list[float]:
         embeddings = self._token_types(pairs) if self._token_types else None
@@ -1590,9 +1662,9 @@ class YesLogitEngine(LlamaEngine):
         self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
         self._yes = _yes_token(gguf, tokenizer)
         (shortest,) = self.pairs.make("", [""])  # its length is the prompt's: fewer sequences, fewer logits kept
-        self.max_sequences = min(MAX_SEQUENCES, max(1, settings.ubatch // shortest.n_new))
-        n_ctx = self.pairs.longest + settings.ubatch  # the prefix, and a batch of what follows it
-        model.open_context(settings.ubatch, n_ctx, self.max_sequences + 1, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
+        self.max_sequences = min(MAX_SEQUENCES, max(1, settings.tuning.ubatch // shortest.n_new))
+        n_ctx = self.pairs.longest + settings.tuning.ubatch  # the prefix, and a batch of what follows it
+        model.open_context(settings.tuning.ubatch, n_ctx, self.max_sequences + 1, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
         self._n_ctx, self._memory = n_ctx, llama.llama_get_memory(model.context)
         self._prefix: tuple[int, ...] = ()  # what sequence 0 of the KV cache holds
 
@@ -1664,7 +1736,7 @@ class EmbeddingEngine(LlamaEngine):
         limit = description.max_length(settings)
         self.pairs = TextPairs(_word_piece(model, description), first, last, limit)
         self._n_embd = llama.llama_model_n_embd(model.model)
-        self._encoder = EncoderContext(model, limit, settings.ubatch, llama.LLAMA_POOLING_TYPE_MEAN)
+        self._encoder = EncoderContext(model, limit, settings.tuning.ubatch, llama.LLAMA_POOLING_TYPE_MEAN)
         self._query_vectors: OrderedDict[tuple[int, ...], FloatArray] = OrderedDict()
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
@@ -2289,10 +2361,10 @@ class Application:
         return Response(200, {
             "model_id": model.source or model.name, "model_sha": None, "model_dtype": model.quantization,
             "model_type": {"reranker": labels}, "max_concurrent_requests": _MANY,
-            "max_input_length": model.max_length(self._settings), "max_batch_tokens": self._settings.ubatch,
+            "max_input_length": model.max_length(self._settings), "max_batch_tokens": self._settings.tuning.ubatch,
             "max_client_batch_size": MAX_CLIENT_BATCH_SIZE, "auto_truncate": True,
             "max_body_bytes": self._settings.max_body_mb * 1_000_000,
-            "tokenization_workers": self._settings.threads_used, "version": __version__,
+            "tokenization_workers": self._settings.tuning.threads, "version": __version__,
         })  # fmt: skip
 
     def models(self, raw: bytes) -> Response:
@@ -2576,8 +2648,8 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
         lines += ["  use_llm true   no model: answers 503", _better("gemma")]
     example = '{"query": "capital of France?", "passages": ["Paris is the capital of France.", "I like cheese."]}'
     lines += [
-        "", f"  {settings.threads_used} threads, up to {settings.ubatch} tokens in a decode, pairs of at most "
-        f"{settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB",
+        "", f"  {settings.tuning}",
+        f"  pairs of at most {settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB",
         f"  listening on {address}", "", "  try it:",
         f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
     ]  # fmt: skip

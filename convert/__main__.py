@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from . import download, models, verify
+from . import choose, download, models, verify
 from .errors import CannotStartError, ConvertError
 from .job import Job
 from .quantize import QUANTIZATIONS, REFUSED, Quantization, find_quantization, quantize
@@ -39,6 +39,10 @@ class Output:
 
     def part(self, quantization: Quantization) -> Path:
         return self._folder / f"{self._name}-{quantization.name}.gguf.part"
+
+    @property
+    def choice(self) -> Path:
+        return self._folder / f"{self._name}.choice.json"
 
     def finish(self, quantization: Quantization) -> None:
         """The data is on the disk before the name is."""
@@ -67,7 +71,8 @@ class Output:
 def convert(arguments: argparse.Namespace) -> int:
     """The steps, in order. Raises ConvertError."""
     source = models.find_source(arguments.source)
-    quantizations = list(dict.fromkeys(find_quantization(name) for name in arguments.quant or [source.quantization]))
+    wanted = [find_quantization(name) for name in arguments.quant or source.candidates or [source.quantization]]
+    quantizations, is_choosing = list(dict.fromkeys(wanted)), not arguments.quant and len(wanted) > 1
     if arguments.keep_f16 and F16 not in quantizations:
         quantizations.append(F16)
     fetched = download.fetch(source, arguments.revision)
@@ -77,10 +82,13 @@ def convert(arguments: argparse.Namespace) -> int:
         _check_disk_space(arguments.out, job, quantizations)
         base = write_base(job, output, source in models.NAMED.values())
         # F16 comes last: its .part is what the others are made from, until it gets its name
-        made = {
-            quantization: convert_one(job, output, base, quantization)
-            for quantization in sorted(quantizations, key=lambda quantization: quantization is F16)
-        }
+        made: dict[Quantization, Report] = {}
+        for quantization in sorted(quantizations, key=lambda quantization: quantization is F16):
+            made[quantization] = convert_one(job, output, base, quantization)
+            if not is_choosing and not made[quantization].problem:
+                output.finish(quantization)
+        if is_choosing:
+            quantizations = choose_one(output, made, find_quantization(source.quantization))
     reports = [made[quantization] for quantization in quantizations]
     print(verify.summary_table(reports))
     good = [report.name for report in reports if not report.problem]
@@ -89,6 +97,21 @@ def convert(arguments: argparse.Namespace) -> int:
         if report.problem:
             print(f"convert: {report.name} was not written: {report.problem}", file=sys.stderr)
     return int(any(report.problem for report in reports))
+
+
+def choose_one(output: Output, made: dict[Quantization, Report], default: Quantization) -> list[Quantization]:
+    """Names the best of the candidates for this CPU (and F16, where it was to be kept); the others are removed."""
+    parts = {quantization: output.part(quantization) for quantization in made if quantization is not F16}
+    candidates = choose.measure(parts, made)
+    chosen = choose.choose(candidates, default)
+    print(f"{choose.table(candidates, chosen)}\n")
+    kept = [chosen.quantization, *(quantization for quantization in made if quantization is F16)]
+    for quantization in kept:
+        if not made[quantization].problem:
+            output.finish(quantization)
+    if not chosen.report.problem:
+        choose.record(output.choice, candidates, chosen)
+    return kept
 
 
 def write_base(job: Job, output: Output, named: bool) -> Scored:
@@ -110,7 +133,7 @@ def write_base(job: Job, output: Output, named: bool) -> Scored:
 
 
 def convert_one(job: Job, output: Output, base: Scored, quantization: Quantization) -> Report:
-    """Writes, checks, scores and names one file; a file with a problem keeps no name."""
+    """Writes, checks and scores one .part; what came out is recorded in it."""
     part = output.part(quantization)
     if quantization.name == "F32":
         job.write(part, half=False)
@@ -124,7 +147,6 @@ def convert_one(job: Job, output: Output, base: Scored, quantization: Quantizati
     report = verify.examine(part, output.final(quantization).name, file, expected, base.logits, scored)
     if not report.problem:
         file.record(report.verification())
-        output.finish(quantization)
     return report
 
 
@@ -146,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="m3, gemma, mini, a Hub id, or a checkpoint directory")
     parser.add_argument(
         "--quant", nargs="+", metavar="NAME", action="extend",
-        help=f"{' '.join(QUANTIZATIONS)} (default: {_defaults()}; refused: {refused})",
+        help=f"{' '.join(QUANTIZATIONS)} (without it: {_defaults()}; refused: {refused})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=models.MODELS, metavar="DIR", help="default: models/")
     parser.add_argument("--revision", metavar="SHA", help="commit to download (default: the one this version pins)")
@@ -155,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _defaults() -> str:
-    named = ", ".join(f"{name} {source.quantization}" for name, source in models.NAMED.items())
-    return f"{named}, otherwise Q8_0"
+    sources = {name: source.candidates for name, source in models.NAMED.items() if source.candidates}
+    chosen = ", ".join(f"{name} from {' '.join(candidates)}" for name, candidates in sources.items())
+    return f"the fastest on this CPU whose drift is small, {chosen}; otherwise Q8_0"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

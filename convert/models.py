@@ -50,6 +50,7 @@ class Source:
 
     name: base name of the output file. repo: Hub id, "" for a directory that only the user knows.
     revision: commit sha to download, None for the newest. directory: where a local copy is looked for.
+    candidates: types from which one is chosen by measurement; none: it is always `quantization`.
     """
 
     name: str
@@ -58,18 +59,19 @@ class Source:
     quantization: str = "Q8_0"
     revision: str | None = None
     wheel: Wheel | None = None
+    candidates: tuple[str, ...] = ()
 
 
-# The default quantisations are the fastest whose drift is small, measured on AVX512-VNNI; Q8_0 is slower there but
-# the most exact, and right for anything small.
+# `quantization` is what is made where nothing can be measured: the fastest on AVX512-VNNI whose drift is small. Q8_0 is
+# slower there but the most exact, and right for anything small.
 NAMED = {
     "m3": Source(
         "bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3", MODELS / "bge-reranker-v2-m3", "Q6_K",
-        "953dc6f6f85a1b2dbfca4c34a2796e7dde08d41e",
+        "953dc6f6f85a1b2dbfca4c34a2796e7dde08d41e", candidates=("Q8_0", "Q6_K", "Q5_K_S", "IQ4_XS"),
     ),
     "gemma": Source(
         "bge-reranker-v2-gemma", "BAAI/bge-reranker-v2-gemma", MODELS / "bge-reranker-v2-gemma", "Q5_K_S",
-        "1787044f8b6fb740a9de4557c3a12377f84d9e17",
+        "1787044f8b6fb740a9de4557c3a12377f84d9e17", candidates=("Q6_K", "Q5_K_S", "Q4_K_S", "IQ4_XS"),
     ),
     "mini": Source(
         "mini", "sentence-transformers/all-MiniLM-L6-v2", MODELS / "all-MiniLM-L6-v2", "Q8_0",
@@ -111,5 +113,5 @@ def _source_of_directory(directory: Path) -> Source:
     """A directory named like a known model's is that model: its default quantisation and Hub id apply."""
     known = next((source for source in NAMED.values() if source.directory.name == directory.name), None)
     if known and known.wheel is None:
-        return Source(known.name, known.repo, directory, known.quantization)
+        return Source(known.name, known.repo, directory, known.quantization, candidates=known.candidates)
     return Source(directory.name, "", directory)

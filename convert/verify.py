@@ -212,7 +212,7 @@ def summary_table(reports: Iterable[Report]) -> str:
     """Markdown: one line a file."""
     header = ("file", "quantisation", "MB", "token ids equal", "max diff", "mean diff", "drift (limit)", "Kendall tau",
               "tokens/s", "resident MB", "result")  # fmt: skip
-    return _markdown(header, [_summary_row(report) for report in reports])
+    return markdown(header, [_summary_row(report) for report in reports])
 
 
 def _summary_row(report: Report) -> tuple[str, ...]:
@@ -234,10 +234,11 @@ def logit_table(columns: dict[str, Sequence[float]], samples: Sequence[Sample] =
     for index, sample in enumerate(samples):
         logits = (f"{column[index]:.4f}" for column in columns.values())
         rows.append((sample.language, "yes" if sample.relevant else "no", sample.query, *logits))
-    return _markdown(("language", "relevant", "query", *columns), rows)
+    return markdown(("language", "relevant", "query", *columns), rows)
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pytest
 from checkpoints import make_bert, make_bi, make_gemma, make_xlmr
 
-from convert import download, models, quantize, verify
+from convert import choose, download, models, quantize, verify
 from convert.checkpoint import Checkpoint
 from convert.errors import CannotStartError, ConvertError
 from convert.gguf_file import GgufFile
@@ -280,6 +280,48 @@ def test_a_quantisation_that_is_not_offered_says_why(name: str, reason: str) -> 
     assert done.returncode == 2
     assert reason in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def candidate(name: str, tokens_per_second: float, drift: float, margin: float = 2.0) -> choose.Candidate:
+    quantization = quantize.QUANTIZATIONS[name]
+    comparison = verify.Comparison(drift, drift, drift, quantization.drift_limit, 1.0, margin)
+    scored = verify.Scored([], [], 1, 1.0, 1)
+    report = verify.Report(f"m-{name}.gguf", name, 1, scored, None, comparison)
+    return choose.Candidate(quantization, report, tokens_per_second)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "chosen"),
+    [
+        ([("Q8_0", 200, 0.01), ("Q6_K", 400, 0.03), ("IQ4_XS", 500, 0.08)], "IQ4_XS"),  # the fastest
+        ([("Q8_0", 200, 0.01), ("Q6_K", 400, 0.03), ("IQ4_XS", 500, 0.14)], "Q6_K"),  # the fastest drifts too far
+        ([("Q6_K", 490, 0.03), ("IQ4_XS", 500, 0.08)], "Q6_K"),  # as fast, and more exact
+        ([("Q5_K_S", 400, 0.15), ("IQ4_XS", 500, 0.2)], "Q5_K_S"),  # none within the limit: the one that drifts least
+    ],
+)
+def test_the_fastest_type_that_drifts_little_is_chosen(
+    candidates: list[tuple[str, float, float]], chosen: str
+) -> None:
+    found = choose.choose([candidate(*values) for values in candidates], quantize.QUANTIZATIONS["Q8_0"])
+    assert found.quantization.name == chosen
+
+
+def test_no_type_is_chosen_by_the_drift_of_noise() -> None:
+    """Random weights drift by chance: the type that is known to be good is made."""
+    candidates = [candidate("Q8_0", 900, 0.0, margin=0.1), candidate("Q6_K", 400, 0.9, margin=0.1)]
+    assert choose.choose(candidates, quantize.QUANTIZATIONS["Q6_K"]).quantization.name == "Q6_K"
+
+
+def test_without_a_type_one_is_chosen_by_measuring(tmp_path: Path) -> None:
+    """`make convert MODEL=m3`: one file, the table it was chosen from, and a record of it."""
+    checkpoint = make_xlmr(tmp_path / "bge-reranker-v2-m3", max_tokens=512)
+    done = run_convert(checkpoint, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "bge-reranker-v2-m3.choice.json").read_text())
+    assert [one["quantization"] for one in record["candidates"]] == list(models.NAMED["m3"].candidates)
+    assert all(one["tokens_per_second"] > 0 for one in record["candidates"])
+    assert [path.name for path in (tmp_path / "out").glob("*.gguf*")] == [f"bge-reranker-v2-m3-{record['chosen']}.gguf"]
+    assert all(name in done.stdout for name in models.NAMED["m3"].candidates)
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:

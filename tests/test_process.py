@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -51,6 +52,25 @@ def test_the_report_says_which_file_serves_which_role(process: ServerProcess) ->
     for words in ("bge-reranker-v2-m3-F32.gguf", "cross-encoder", "F32", "bge-reranker-v2-gemma-F32.gguf", "2 threads",
                   "1024 tokens", "loaded on first use", f"curl -s {process.url}/rerank"):  # fmt: skip
         assert words in process.report
+
+
+def test_what_the_machine_is_found_to_like_is_said_and_can_be_overruled(models: Path, process: ServerProcess) -> None:
+    """Another ubatch, no flash attention, repacked weights: other speeds, the same scores."""
+    body: dict[str, Any] = {"query": SCORED_PAIRS[0].query, "passages": [pair.passage for pair in SCORED_PAIRS[:8]]}
+    flags = ("--threads", "1", "--ubatch", "64", "--flash-attention", "off", "--repack", "on")
+    server = ServerProcess("--models", models, *flags)
+    try:
+        assert "1 threads, decodes of up to 64 tokens, flash attention off, weights repacked" in server.report
+        assert server.rerank(**body)[1] == pytest.approx(process.rerank(**body)[1], abs=SCORE_TOLERANCE)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1.5), ("10000 100000", 1.0), ("max 100000", math.inf)])
+def test_a_cgroups_quota_bounds_the_threads(tmp_path: Path, quota: str, cores: float) -> None:
+    """docker run --cpus=1.5 on a machine of 64: 64 threads would wait for each other all the time."""
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert rerank_server._cgroup_cpus(tmp_path) == cores
 
 
 def test_the_line_that_the_report_offers_works_as_it_stands(process: ServerProcess) -> None:
@@ -166,6 +186,8 @@ def test_no_model_at_all_ends_with_one_line_that_says_what_to_run(tmp_path: Path
         ([], {"RERANK_MAX_LENGTH": "9000"}, "--max-length must be between 32 and 8192"),
         ([], {"RERANK_UBATCH": "many"}, "RERANK_UBATCH must be a whole number"),
         ([], {"RERANK_DEBUG": "perhaps"}, "RERANK_DEBUG must be true or false"),
+        (["--repack", "maybe"], {}, "--repack must be auto, on, off, not 'maybe'"),
+        (["--ubatch", "8"], {}, "--ubatch must be 0 or at least 32"),
         (["--m3", "nowhere.gguf"], {}, "--m3: there is no file nowhere.gguf"),
         ([], {"RERANK_GEMMA": "nowhere.gguf"}, "--gemma: there is no file nowhere.gguf"),
     ],
