@@ -193,6 +193,14 @@ class Running:
             return 0.0
         return next((int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith(field)), 0.0)
 
+    def private_mb(self) -> float:
+        """Memory that no other process shares, in MB; 0 where there is no /proc."""
+        try:
+            lines = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:
+            return 0.0
+        return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Private_"))
+
     def close(self) -> None:
         self._process.terminate()
         try:
