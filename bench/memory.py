@@ -51,7 +51,9 @@ class Peak:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
+        is_over = False
+        while not is_over:
+            is_over = self._stop.wait(SAMPLE_S)
             self.mb = max(self.mb, self._running.memory_mb("VmRSS"))
 
 

@@ -9,13 +9,14 @@ products that PyTorch does on this machine, where --peers-python has it. Writes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ class Profiler:
         self._started = 0.0
         self._callback = llama.ggml_backend_sched_eval_callback(self._on_node)
 
-    def install(self) -> None:
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
         """The server opens its context itself; the only way in is through the defaults that it starts from."""
         make = llama.llama_context_default_params
 
@@ -81,6 +83,10 @@ class Profiler:
             return parameters
 
         llama.llama_context_default_params = with_callback
+        try:
+            yield
+        finally:
+            llama.llama_context_default_params = make
 
     def take(self) -> dict[str, Cost]:
         """What was counted since the last call."""
@@ -129,8 +135,8 @@ def peaks(python: Path, n_tokens: int) -> tuple[float | None, float | None]:
 def profile(file: Path, data: Path | None, n_passages: int, n_runs: int) -> tuple[dict[str, Cost], int]:
     """The median-time run of a list's decodes, and the list's tokens."""
     profiler = Profiler()
-    profiler.install()
-    engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS))
+    with profiler.installed():
+        engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS))
     request = read_texts(data).request(n_passages)
     pairs = sorted(engine.pairs.make(request.query, request.passages), key=lambda pair: -pair.n_new)
     runs = []

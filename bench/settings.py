@@ -7,6 +7,7 @@ lists. Writes bench/results/settings.md and .json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -21,7 +22,7 @@ import rerank_server
 from bench import report
 from bench.engines import MAX_LENGTH_TOKENS, ROOT
 from bench.machine import describe_machine
-from bench.texts import Request, read_texts
+from bench.texts import Request, Texts, made_lists, read_texts
 
 RESULTS = ROOT / "bench" / "results"
 # name -> the one setting that differs from the server's choice
@@ -32,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "--repack on": {"repack": "on"},
     "--threads 1": {"threads": 1},
 }
+# Not a setting: what gemma would do if it computed the query anew for each passage, as other servers do.
+NO_SHARED_PREFIX = "the query anew for each passage"
 COLUMNS = {
     "file": ("file", "{}"),
     "variant": ("variant", "{}"),
@@ -49,12 +52,14 @@ class Variant:
 
     def __init__(self, file: Path, name: str) -> None:
         self.file, self.name, self.speeds = file, name, list[float]()
-        settings = rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, **VARIANTS[name])
+        settings = rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, **VARIANTS.get(name, {}))
         self._engine = rerank_server.load_engine(file, settings)
 
     def measure(self, request: Request) -> None:
         """Tokens per second over one list, longest first, as the server sends it."""
         pairs = sorted(self._engine.pairs.make(request.query, request.passages), key=lambda pair: -pair.n_new)
+        if self.name == NO_SHARED_PREFIX:
+            pairs = [dataclasses.replace(pair, n_shared=0) for pair in pairs]
         started = time.perf_counter()
         self._engine.score(pairs)
         self.speeds.append(sum(len(pair.ids) for pair in pairs) / (time.perf_counter() - started))
@@ -99,16 +104,19 @@ def _row(variant: Variant, ratios: Sequence[float]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.settings", description="What each setting is worth here.")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="GGUF files")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
-                        help="default: all; the first one is what the others are compared with")  # fmt: skip
+    parser.add_argument(
+        "--variants", nargs="+", choices=[*VARIANTS, NO_SHARED_PREFIX], default=list(VARIANTS), metavar="NAME",
+        help=f"{', '.join(VARIANTS)}, {NO_SHARED_PREFIX}; the first one is what the others are compared with",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="texts: a BEIR directory with a bm25*.tsv run")
+    parser.add_argument("--words", type=int, nargs=2, metavar=("QUERY", "PASSAGE"), help="made texts of this length")
     parser.add_argument("--passages", type=int, default=10, help="in each list (default 10)")
     parser.add_argument("--runs", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--name", default="settings", help="of the files that are written (default: settings)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(Path(sys.executable), "bench.settings")
-    texts = read_texts(arguments.data)
+    texts = Texts(made_lists(*arguments.words)) if arguments.words else read_texts(arguments.data)
     requests = [texts.request(arguments.passages) for _ in range(arguments.runs)]
     rows = compare(arguments.files, arguments.variants, requests)
     print("\n".join(write(machine, rows, arguments.out, arguments.name)))

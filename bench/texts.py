@@ -45,12 +45,12 @@ def read_texts(directory: Path | None) -> Texts:
     return Texts(beir_lists(directory) if directory else made_lists())
 
 
-def made_lists() -> Iterator[tuple[str, list[str]]]:
-    """Endless (query, passages): the lengths matter to speed, the words do not."""
+def made_lists(query_words: int | None = None, passage_words: int | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Endless (query, passages), of drawn lengths unless they are given: the lengths matter to speed, not the words."""
     generator = random.Random(SEED)
     while True:
-        query = " ".join(generator.choices(WORDS, k=generator.randint(5, 20))) + "?"
-        yield query, [make_passage(generator, draw_length(generator)) for _ in range(100)]
+        query = " ".join(generator.choices(WORDS, k=query_words or generator.randint(5, 20))) + "?"
+        yield query, [make_passage(generator, passage_words or draw_length(generator)) for _ in range(100)]
 
 
 def draw_length(generator: random.Random) -> int:

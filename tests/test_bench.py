@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as bench
-from bench import checkpoints, http, report, scaling
+from bench import checkpoints, http, memory, profile, report, scaling, settings
 from bench.engines import Engine, MissingError, Setup
 from bench.texts import Request, made_lists, read_texts
 
@@ -184,3 +184,39 @@ def test_the_ratio_is_to_the_first_engine_of_the_same_list_length() -> None:
 
 def lines_of(rows: list[dict[str, str]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+# -- One model alone: settings, operations, memory --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(m3_results: Path) -> Path:
+    (file,) = (m3_results.parent / "cache").glob("*-Q8_0.gguf")
+    return file
+
+
+def test_settings_are_measured_beside_the_servers_choice(tiny: Path, tmp_path: Path) -> None:
+    names = ["the server's choice", "--ubatch 128", "--flash-attention off"]
+    status = settings.main([str(tiny), "--variants", *names, "--runs", "2", "--passages", "3", "--out", str(tmp_path)])
+    assert status == 0
+    rows = json.loads((tmp_path / "settings.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == names
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
+
+
+def test_the_profile_counts_every_matrix_product(tiny: Path, tmp_path: Path) -> None:
+    """A layer has six products with weights; a profile that misses some would send us after the wrong operation."""
+    assert profile.main([str(tiny), "--runs", "1", "--passages", "2", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"profile-{tiny.stem}.json").read_text())
+    rows = {row["operation"]: row for row in found["rows"]}
+    n_decodes = rows["GELU"]["nodes"]  # one layer
+    assert rows["MUL_MAT"]["nodes"] >= 6 * n_decodes
+    assert sum(row["percent"] for row in rows.values()) == pytest.approx(100)
+
+
+def test_memory_is_noted_at_every_stage(tiny: Path, tmp_path: Path) -> None:
+    assert memory.main([str(tiny), "--lists", "1", "--longest", "256", "--pairs", "100", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / f"memory-{tiny.stem}.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert all(row["resident_mb"] > 0 for row in rows)
