@@ -1510,6 +1510,9 @@ class Batch:
         self._sequence_pointers = addresses.astype(np.uint64)
         self._output = np.zeros(self.n_tokens, dtype=np.int8)
 
+    def clear_ids(self) -> None:
+        self._token[:] = 0
+
     def native(self, output: slice | npt.NDArray[np.int64], embeddings: FloatArray | None = None) -> Any:
         """llama_batch that points into this object's arrays (keep it alive). output: tokens that get an output row."""
         self._output[output] = 1
@@ -1537,7 +1540,7 @@ class EncoderContext:
         self.n_ubatch = max(longest, ubatch)
         model.open_context(self.n_ubatch, self.n_ubatch, MAX_SEQUENCES, pooling)
         self._model = model
-        self._cleared_tokens = 0
+        self._reserve_outputs()
 
     def encode(self, batch: Batch, n_values: int, embeddings: FloatArray | None = None) -> FloatArray:
         """[len(batch), n_values] float32. Raises EngineError."""
@@ -1546,7 +1549,6 @@ class EncoderContext:
         status = llama.llama_encode(self._model.context, batch.native(slice(None), embeddings))
         if status != 0:
             raise EngineError(f"llama.cpp failed to encode {batch.n_tokens} tokens (status {status})")
-        self._give_back_logits(batch.n_tokens)
         rows = np.empty((len(batch.ends), n_values), dtype=np.float32)
         for index in range(len(batch.ends)):
             values = llama.llama_get_embeddings_seq(self._model.context, index)
@@ -1555,25 +1557,72 @@ class EncoderContext:
             rows[index] = values[:n_values]
         return rows
 
-    def _give_back_logits(self, n_tokens: int) -> None:
-        """llama.cpp allocates and clears n_tokens x n_vocab floats of logits that an encoder never computes: 1 MB for
-        each token of m3. The buffer only grows, so its pages are given back once after each growth."""
-        if n_tokens <= self._cleared_tokens or not sys.platform.startswith("linux"):
-            return
-        self._cleared_tokens = n_tokens
-        logits = llama.llama_get_logits(self._model.context)
-        address = ctypes.cast(logits, ctypes.c_void_p).value
-        if address:
-            _give_back_pages(address, n_tokens * llama.llama_vocab_n_tokens(self._model.vocab) * 4)
+    def _reserve_outputs(self) -> None:
+        """llama.cpp allocates and clears tokens x n_vocab floats of logits that an encoder never computes: 1 MB for
+        each token of m3, anew whenever a batch is larger than all before. So the largest batch comes first, stopped
+        before its first operation, and the pages of its logits are given back, already while they are cleared."""
+        n_bytes = self.n_ubatch * llama.llama_vocab_n_tokens(self._model.vocab) * 4
+        context, batch = self._model.context, Batch([range(self.n_ubatch)])
+        batch.clear_ids()
+        llama.llama_set_abort_callback(context, _stop_at_once, None)
+        with _given_back_while_written(n_bytes):
+            llama.llama_encode(context, batch.native(slice(None)))
+        llama.llama_set_abort_callback(context, llama.ggml_abort_callback(), None)
+        if address := ctypes.cast(llama.llama_get_logits(context), ctypes.c_void_p).value:
+            _give_back_pages(address, n_bytes)
+
+
+@llama.ggml_abort_callback  # type: ignore[untyped-decorator]
+def _stop_at_once(user_data: Any) -> bool:
+    return True
 
 
 def _give_back_pages(address: int, n_bytes: int) -> None:
     """The whole pages inside the range become zeroes that cost nothing until they are written to."""
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address + n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if size > 0:
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    if size > 0 and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def _given_back_while_written(n_bytes: int) -> Iterator[None]:
+    """A block of n_bytes that is allocated and filled with zeroes meanwhile never is in memory as a whole: a gigabyte
+    for a moment is what a small container dies of. Nothing that is computed meanwhile may be used."""
+    if n_bytes < _WORTH_WATCHING_BYTES or not sys.platform.startswith("linux"):
+        yield
+        return
+    before, done = _mapped_ranges(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_WATCH_S):
+            for start, end in _mapped_ranges():
+                start = max([start, *(old_end for old_start, old_end in before if old_start <= start < old_end)])
+                if n_bytes <= end - start <= n_bytes * 1.05:  # the vectors lie behind the logits, in the same block
+                    _give_back_pages(start + mmap.PAGESIZE, n_bytes - mmap.PAGESIZE)  # the first holds malloc's header
+
+    watcher = threading.Thread(target=watch, name="memory", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+_WORTH_WATCHING_BYTES = 64 << 20
+_WATCH_S = 0.002
+
+
+def _mapped_ranges() -> list[tuple[int, int]]:
+    """Address ranges of this process's anonymous memory."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split()
+        if fields[4] == "0" and len(fields) == 5:  # no inode, no name
+            start, end = fields[0].split("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
 
 
 class LlamaEngine:

@@ -48,6 +48,11 @@ class ServerProcess:
         with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
             return json.load(answer)
 
+    def peak_bytes(self) -> int:
+        """The most that was resident since its start."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self._process.send_signal(number)
         _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)

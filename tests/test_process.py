@@ -20,6 +20,7 @@ from golden.inputs import SCORED_PAIRS
 from server_process import ServerProcess
 
 import rerank_server
+from bench import checkpoints as bench_checkpoints
 
 START_TIMEOUT_S = 60
 # A sigmoid's slope is at most 1/4, and tests/test_parity.py holds logits to 1/400 of their range, which is at most 6.
@@ -241,3 +242,18 @@ def test_every_setting_is_in_the_readme_with_its_environment_variable() -> None:
     for name in rerank_server.Settings.__dataclass_fields__:
         row = f"| `{rerank_server.flag_of(name)}` | `{rerank_server.environment_variable_of(name)}` |"
         assert row in readme, row
+
+
+def test_the_logits_that_an_encoder_never_computes_take_no_memory(tmp_path: Path) -> None:
+    """llama.cpp clears 250,000 floats for each token of the longest pair: 512 MB here, which would not fit beside the
+    model in a small container, not even for a moment."""
+    checkpoint = bench_checkpoints.make_checkpoint("m3", tmp_path / "wide", hidden=256, layers=1, vocabulary=250_002)
+    command = [sys.executable, "-m", "convert", str(checkpoint), "--quant", "Q8_0", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    server = ServerProcess("--m3", tmp_path / "wide-Q8_0.gguf", "--max-length", "512")
+    try:
+        status, scores, _ = server.rerank(query="q", passages=["a long passage " * 300, "a short one"])
+        assert (status, len(scores)) == (200, 2)
+        assert server.peak_bytes() < (tmp_path / "wide-Q8_0.gguf").stat().st_size + 250_000_000
+    finally:
+        server.stop()
