@@ -15,9 +15,9 @@ on is in the GGUF's metadata, under `rerank.*` when this project converted it.
 
 One request, from socket to floats:
 
-    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Application.rank -> Role.score -> pairs_of
-                         (text to token ids) -> ScoreCache -> Scheduler.submit -> waits on the futures
-    scheduler thread     Queue.next_batch (pairs up to a token budget) -> Engine.score (one llama.cpp decode) -> futures
+    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Application.rank -> Queue.admit -> pairs_of
+                         (text to token ids) -> ScoreCache -> Queue.append -> waits for its group, watching the client
+    scheduler thread     Queue.next_batch (the next group's turn) -> Engine.score (one llama.cpp decode) -> Queue.finish
     HTTP thread          score (sigmoid; NaN refused) -> the contract's writer -> JSON
 
 Each model has one scheduler thread, and only that thread touches the model's llama context; so no lock guards it.
@@ -62,7 +62,7 @@ import urllib.parse
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, cast
@@ -98,6 +98,11 @@ MAX_HEADERS = 100
 MAX_CHUNK_LINE_BYTES = 256
 MIN_BODY_BYTES_PER_S = 10_000  # a client that sends or reads more slowly is given up
 RECEIVE_BYTES = 1 << 16
+BYTES_PER_TOKEN = 3  # of text, to know roughly what a request asks for before it is tokenised; English has about 4
+SLICE_PASSAGES = 128  # tokenised at once: the first decode starts while the rest of a long list is still text
+HANG_UP_POLL_S = 0.25
+HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for any more
+MAX_RETRY_AFTER_S = 600
 MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
 OPEN_ROUTES = ("/health",)
 SEND_TIMEOUT_S = 30  # for a client that does not read its answer
@@ -141,6 +146,11 @@ class Settings:
     gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
     max_bodies_mb: int = _setting(128, "request bodies in memory at once, in MB; beyond it 503", 1, 65536)
+    max_queue_tokens: int = _setting(
+        1_000_000, "tokens that may wait for a model; beyond it 429. One request counts for at most half of it",
+        1000, 1_000_000_000,
+    )  # fmt: skip
+    max_timeout_s: int = _setting(3600, "seconds that a request may take, unless it sets fewer; then 504", 1, 86400)
     max_connections: int = _setting(512, "connections at once, each with a thread; beyond it 503", 1, 65536)
     header_timeout_s: int = _setting(10, "seconds in which a request's header must have arrived", 1, 3600)
     body_timeout_s: int = _setting(30, "seconds for a body to arrive, and 1 more for each 10 kB of it", 1, 3600)
@@ -308,9 +318,12 @@ def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str
 #     HttpError         400     what arrived is not HTTP/1.1, or leaves a doubt; the connection closes after it
 #       RequestTimeoutError 408, TargetTooLongError 414, ExpectationError 417, HeadersTooLargeError 431,
 #       TransferCodingError 501, VersionError 505
+#     OverloadedError   429     the queue is full
+#     ClientGoneError   499     nobody waits for the answer; it is never sent
 #     EngineError       500     scoring failed: an exception, or a logit that is not a number
 #     UnavailableError  503     no model for this role, or the server is stopping
 #     BusyError         503     no room for another connection or body
+#     DeadlineError     504     the request's time is over
 #   ModelError                  a GGUF file that cannot be served; ends the start, or becomes an UnavailableError
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -395,6 +408,21 @@ class VersionError(HttpError):
     status = 505
 
 
+class OverloadedError(RequestError):
+    status, error_type = 429, "overloaded"
+
+    def __init__(self, n_tokens: int, retry_after_s: int) -> None:
+        message = f"{n_tokens:,} tokens wait to be scored, as many as may; try again in {retry_after_s} s"
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
+class ClientGoneError(RequestError):
+    status, error_type = 499, "client_gone"
+
+    def __init__(self) -> None:
+        super().__init__("the client has closed its connection")
+
+
 class EngineError(RequestError):
     status, error_type = 500, "engine_error"
 
@@ -408,6 +436,13 @@ class BusyError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message}; try again later", headers={"Retry-After": "1"})
+
+
+class DeadlineError(RequestError):
+    status, error_type = 504, "deadline_exceeded"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the request was not done within its {timeout_s:,.3g} s")
 
 
 class ModelError(Exception):
@@ -441,6 +476,7 @@ class RerankRequest:
     max_passage: int | None = None
     on_overflow: str = TRUNCATE
     keep_end: bool = False
+    timeout_s: float = math.inf
     texts: str = "passages"
 
     @staticmethod
@@ -465,6 +501,17 @@ class RerankRequest:
 
     def query_of(self, index: int) -> str:
         return self.queries[index] if len(self.queries) > 1 else self.queries[0]
+
+    def estimate_tokens(self, longest: int, n: int | None = None) -> int:
+        """What the n longest pairs (default: all) will be about, from the bytes of their texts: a token for each
+        BYTES_PER_TOKEN. A byte is at most one token, so it is never more than BYTES_PER_TOKEN times this."""
+        queries = [len(query.encode()) for query in self.queries]
+        if len(queries) == 1:
+            queries *= len(self.passages)
+        most = math.inf if self.on_overflow == CHUNK else longest
+        sizes = ((query + len(text.encode())) // BYTES_PER_TOKEN + 1
+                 for query, text in zip(queries, self.passages, strict=True))  # fmt: skip
+        return int(sum(sorted((min(most, size) for size in sizes), reverse=True)[:n]))
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
@@ -519,6 +566,12 @@ def _count(low: int, high: int) -> Callable[[Any, str], int]:
         return int(value)
 
     return read
+
+
+def _seconds(value: Any, name: str) -> float:
+    if (seconds := _number(value, name)) <= 0:
+        raise BadRequestError(f"'{name}' must be more than 0 seconds, not {seconds:g}", name)
+    return seconds
 
 
 def _choice(*choices: str) -> Callable[[Any, str], str]:
@@ -601,6 +654,8 @@ FIELDS = (
           "a document that is too long is cut, refused, or scored in overlapping windows of which the best counts"),
     Field("truncation_direction", "keep_end", lambda value, name: _choice("Left", "Right")(value, name) == "Left",
           {"type": "string", "enum": ["Left", "Right"], "default": "Right"}, "the end that is cut", ("tei",)),
+    Field("timeout", "timeout_s", _seconds, {"type": "number", "exclusiveMinimum": 0},
+          "seconds after which the answer is 504 and the rest is not scored; at most the server's"),
 )  # fmt: skip
 
 
@@ -707,6 +762,11 @@ class Pair:
     def n_new(self) -> int:
         """Tokens that this pair adds to a batch of its request."""
         return len(self.ids) - self.n_shared
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The leading ids that are computed once."""
+        return self.ids[: self.n_shared]
 
     @property
     def key(self) -> bytes:
@@ -989,30 +1049,65 @@ _CLEAN = _CharacterTable(_clean_character)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Queue and scheduler: one thread for each model; nobody else touches its llama context
+# Call: one request under way
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    pair: Pair
-    future: Future[float]
-
 
 T = TypeVar("T")
 
 
-def take_batch(waiting: deque[T], n_tokens: Callable[[T], int], max_batch_tokens: int, max_sequences: int) -> list[T]:
+@dataclass
+class Call:
+    """What a request needs beside its texts: when it must be answered and whether its client still waits. And what is
+    measured of it. Its own thread alone uses it."""
+
+    is_gone: Callable[[], bool] = lambda: False
+    timeout_s: float = math.inf
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    tokenise_s: float = 0.0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+    n_pairs: int = 0
+    n_tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def check(self) -> None:
+        """Raises DeadlineError and ClientGoneError."""
+        if self.seconds >= self.timeout_s:
+            raise DeadlineError(self.timeout_s)
+        if self.is_gone():
+            raise ClientGoneError()
+
+    def result(self, future: Future[T]) -> T:
+        """Waits for it. Raises what it raises, DeadlineError and ClientGoneError."""
+        while True:
+            left_s = self.timeout_s - self.seconds
+            if wait([future], max(0.0, min(left_s, HANG_UP_POLL_S))).done:
+                return future.result()
+            self.check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queue and scheduler: one thread for each model; nobody else touches its llama context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def take_batch(
+    waiting: deque[T], n_tokens: Callable[[T], float], max_batch_tokens: int, max_sequences: int,
+    is_shared: bool = False,
+) -> list[T]:  # fmt: skip
     """Takes the first of `waiting` and, in order, those behind it that still fit the budget; the rest stay in order.
 
-    The first is taken whatever its length: a pair longer than the budget gets a decode of its own.
+    The first is taken whatever its length, unless is_shared: a pair longer than the budget gets a decode of its own.
     """
     batch: list[T] = []
     skipped: list[T] = []
-    room = max_batch_tokens
-    while waiting and len(batch) < max_sequences and len(skipped) < max_sequences and (room > 0 or not batch):
+    room: float = max_batch_tokens
+    while waiting and len(batch) < max_sequences and len(skipped) < MAX_SEQUENCES and (room > 0 or not batch):
         candidate = waiting.popleft()
-        if not batch or n_tokens(candidate) <= room:
+        if n_tokens(candidate) <= room or not (batch or is_shared):
             batch.append(candidate)
             room -= n_tokens(candidate)
         else:
@@ -1021,73 +1116,249 @@ def take_batch(waiting: deque[T], n_tokens: Callable[[T], int], max_batch_tokens
     return batch
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A pair that waits, and the group that waits for it."""
+
+    pair: Pair
+    key: bytes
+    group: Group
+    prefix: tuple[int, ...]
+
+
+class Group:
+    """What one request asks of one model. The queue's lock guards it, except for the future."""
+
+    def __init__(self, n_estimated: int) -> None:
+        self.waiting: deque[Entry] = deque()  # the longest first, so that short ones fill the batches
+        self.keys: set[bytes] = set()  # of every pair that was submitted
+        self.logits: dict[bytes, float] = {}
+        self.scored: Future[dict[bytes, float]] = Future()  # key -> logit of all pairs, once the group is complete
+        self.is_complete = False  # nothing more will be submitted
+        self.n_estimated = n_estimated  # tokens of what is not tokenised yet
+        self.n_waiting = 0  # tokens
+        self.submitted = math.inf  # time.monotonic() of the first pair
+        self.queue_s = self.inference_s = 0.0
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_estimated + self.n_waiting
+
+
 class Queue:
-    """Entries that wait for the engine. Any thread appends; one scheduler takes."""
+    """The groups that wait for one engine. They take turns: each decode is the next group's, so a short request waits
+    for one decode of a long one and not for all of it. Any thread appends; one scheduler takes."""
 
-    def __init__(self) -> None:
-        self._entries: deque[Entry] = deque()
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._groups: set[Group] = set()  # every one that was admitted and has not ended
+        self._turns: deque[Group] = deque()  # those with something to score; the next one is first
+        self._tokens_per_s = 0.0  # smoothed over some ten batches; 0: nothing was measured yet
         self._closed = False
-        self._changed = threading.Condition()  # guards _entries and _closed
+        self._changed = threading.Condition()  # guards all of it, and the groups
 
-    def append(self, entries: Iterable[Entry]) -> None:
-        """Raises UnavailableError once the queue is closed."""
+    @contextlib.contextmanager
+    def admit(self, n_estimated: int) -> Iterator[Group]:
+        """A group, whose pairs are dropped when the `with` ends. n_estimated: tokens, before anything is tokenised.
+
+        Raises OverloadedError when as much waits as may. One group counts for at most half of that: a list of any
+        length is accepted, and leaves room for others. Raises UnavailableError once the queue is closed.
+        """
+        group = Group(n_estimated)
         with self._changed:
             if self._closed:
                 raise UnavailableError("the server is stopping")
-            self._entries.extend(entries)
+            excess = self._n_charged() + self._charge(group) - self._max_tokens
+            if excess > 0:
+                raise OverloadedError(self.n_tokens, self._seconds_for(excess))
+            self._groups.add(group)
+        try:
+            yield group
+        finally:
+            with self._changed:
+                self._end(group)
+
+    def _n_charged(self) -> int:
+        return sum(self._charge(group) for group in self._groups)
+
+    def _charge(self, group: Group) -> int:
+        return min(group.n_tokens, self._max_tokens // 2)
+
+    def _seconds_for(self, n_tokens: int) -> int:
+        """Until the engine will have scored so many, by what it scored lately."""
+        seconds = n_tokens / self._tokens_per_s if self._tokens_per_s else 1
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that wait, as far as they are known."""
+        return sum(group.n_tokens for group in tuple(self._groups))
+
+    def append(self, group: Group, pairs: dict[bytes, Pair], n_estimated: int) -> None:
+        """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still to come."""
+        entries = [Entry(pair, key, group, pair.prefix) for key, pair in pairs.items()]
+        with self._changed:
+            group.keys |= pairs.keys()
+            group.n_estimated = n_estimated
+            if not entries or group not in self._groups:
+                return
+            group.n_waiting += sum(entry.pair.n_new for entry in entries)
+            # Pairs with one prefix stand together: the engine then computes it once.
+            group.waiting = deque(
+                sorted((*group.waiting, *entries), key=lambda entry: (entry.prefix, -entry.pair.n_new))
+            )
+            group.submitted = min(group.submitted, time.monotonic())
+            if group not in self._turns:
+                self._turns.append(group)
             self._changed.notify()
 
-    def next_batch(self, max_batch_tokens: int, max_sequences: int) -> list[Entry]:
-        """Waits for entries. An empty list means: closed, and everything was taken."""
+    def complete(self, group: Group) -> Future[dict[bytes, float]]:
+        """The group's logits by key, or the first thing that went wrong. Nothing may be appended after it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._entries or self._closed)
-            return take_batch(self._entries, lambda entry: entry.pair.n_new, max_batch_tokens, max_sequences)
+            group.is_complete, group.n_estimated = True, 0
+            self._settle(group)
+            return group.scored
+
+    def next_batch(self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None) -> list[Entry] | None:
+        """The next group's turn. Waits for one; an empty list: none came for idle_s. None: closed, and all was taken.
+
+        What is left of the decode is shared with the groups behind, but only as many tokens as it has itself: a short
+        request takes at most twice its time for it. A batch has one prefix, or the engine would need a decode for each.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._turns or (self._closed and not self._groups), idle_s)
+            if not self._turns:
+                return None if self._closed and not self._groups else []
+            prefix = self._turns[0].waiting[0].prefix
+
+            def n_tokens(entry: Entry) -> float:
+                return entry.pair.n_new if entry.prefix == prefix else math.inf
+
+            batch = self._take(self._turns[0], n_tokens, max_batch_tokens, max_sequences, is_shared=False)
+            n_own = sum(entry.pair.n_new for entry in batch)
+            room = min(max_batch_tokens - n_own, n_own)
+            self._turns.rotate(-1)
+            for group in tuple(self._turns):
+                if room <= 0 or len(batch) >= max_sequences:
+                    break
+                taken = self._take(group, n_tokens, room, max_sequences - len(batch), is_shared=True)
+                room -= sum(entry.pair.n_new for entry in taken)
+                batch += taken
+            self._turns = deque(group for group in self._turns if group.waiting)
+            return batch
+
+    @staticmethod
+    def _take(group: Group, n_tokens: Callable[[Entry], float], room: int, most: int, is_shared: bool) -> list[Entry]:
+        batch = take_batch(group.waiting, n_tokens, room, most, is_shared)
+        group.n_waiting -= sum(entry.pair.n_new for entry in batch)
+        return batch
+
+    def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
+        """What the engine made of a batch. A logit that is no number fails its own group, not the others."""
+        with self._changed:
+            rate = sum(entry.pair.n_new for entry in batch) / max(seconds, 1e-6)
+            self._tokens_per_s += (rate - self._tokens_per_s) * (0.1 if self._tokens_per_s else 1)
+            for entry, logit in zip(batch, logits, strict=True):
+                if math.isfinite(logit):
+                    entry.group.logits[entry.key] = logit
+                else:
+                    self._fail(entry.group, EngineError(f"the model gave {logit} in place of a score"))
+            self._end_batch(batch, seconds)
+
+    def fail(self, batch: Sequence[Entry], error: RequestError, seconds: float) -> None:
+        """Ends each group of the batch with the error; what else they wait for is dropped."""
+        with self._changed:
+            for group in {entry.group for entry in batch}:
+                self._fail(group, error)
+            self._end_batch(batch, seconds)
+
+    def _end_batch(self, batch: Sequence[Entry], seconds: float) -> None:
+        for group in {entry.group for entry in batch}:
+            group.inference_s += seconds
+            self._settle(group)
+
+    def _settle(self, group: Group) -> None:
+        if group.is_complete and not group.scored.done() and len(group.logits) == len(group.keys):
+            if group.keys:
+                group.queue_s = max(0.0, time.monotonic() - group.submitted - group.inference_s)
+            group.scored.set_result(group.logits)
+
+    def _fail(self, group: Group, error: RequestError) -> None:
+        if not group.scored.done():
+            group.scored.set_exception(error)
+        self._end(group)
+
+    def _end(self, group: Group) -> None:
+        """Drops what the group still waits for."""
+        self._groups.discard(group)
+        group.waiting.clear()
+        group.n_waiting = group.n_estimated = 0
+        if group in self._turns:
+            self._turns.remove(group)
+        self._changed.notify()
 
     def close(self) -> None:
-        """No more entries are accepted; those that wait are still served."""
+        """No more groups are admitted; those that wait are still served."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
 
 class Scheduler:
-    """The one thread that calls engine.score. Every future that it is given ends, with a logit or an exception."""
+    """The one thread that loads an engine, calls engine.score, and frees it. Every group that it is given ends, with
+    logits or an exception."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
-        self._queue = Queue()
+    def __init__(
+        self, name: str, queue: Queue, load: Callable[[], Engine], idle_s: Callable[[Engine], float | None]
+    ) -> None:  # fmt: skip
+        """idle_s: for how long the engine may be idle before it is asked again; None: it was given up and freed."""
+        self._queue, self._load, self._idle_s = queue, load, idle_s
+        self.engine: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, pairs: Sequence[Pair]) -> list[Future[float]]:
-        """A future logit for each pair, in order. Raises UnavailableError when closed. Any thread."""
-        entries = [Entry(pair, Future()) for pair in pairs]
-        self._queue.append(entries)
-        return [entry.future for entry in entries]
+    @property
+    def is_loaded(self) -> bool:
+        return self.engine.done() and self.engine.exception() is None
 
-    def close(self) -> None:
-        """Serves what was submitted, then frees the engine. Waits for both."""
-        self._queue.close()
-        self._thread.join()
+    @property
+    def has_failed(self) -> bool:
+        return self.engine.done() and self.engine.exception() is not None
+
+    def join(self, timeout_s: float | None) -> bool:
+        """Waits until the closed queue is empty and the engine freed. False: that took longer than timeout_s."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while batch := self._queue.next_batch(self._engine.max_batch_tokens, self._engine.max_sequences):
-            self._score(batch)
-        self._engine.close()
-
-    def _score(self, batch: list[Entry]) -> None:
         try:
-            logits = self._engine.score([entry.pair for entry in batch])
+            engine = self._load()
+        except BaseException as error:
+            self.engine.set_exception(error)
+            return
+        self.engine.set_result(engine)
+        while (idle_s := self._idle_s(engine)) is not None:
+            batch = self._queue.next_batch(
+                engine.max_batch_tokens, engine.max_sequences, idle_s if math.isfinite(idle_s) else None
+            )
+            if batch is None:
+                engine.close()
+                return
+            if batch:
+                self._score(engine, batch)
+
+    def _score(self, engine: Engine, batch: list[Entry]) -> None:
+        started = time.monotonic()
+        try:
+            logits = engine.score([entry.pair for entry in batch])
             if len(logits) != len(batch):
                 raise EngineError(f"the engine gave {len(logits)} scores for {len(batch)} pairs")
         except Exception as error:
             log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not isinstance(error, RequestError))
             failure = error if isinstance(error, RequestError) else EngineError("scoring failed; see the server's log")
-            for entry in batch:
-                entry.future.set_exception(failure)
+            self._queue.fail(batch, failure, time.monotonic() - started)
             return
-        for entry, logit in zip(batch, logits, strict=True):
-            entry.future.set_result(logit)
+        self._queue.finish(batch, logits, time.monotonic() - started)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1780,7 +2051,7 @@ class YesLogitEngine(LlamaEngine):
         logits = [math.nan] * len(pairs)
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, pair in enumerate(pairs):
-            groups.setdefault(pair.ids[: pair.n_shared], []).append(index)
+            groups.setdefault(pair.prefix, []).append(index)
         for prefix, indices in groups.items():
             self._hold(prefix)
             scored = super().score([pairs[index] for index in indices])
@@ -2010,70 +2281,130 @@ class ScoreCache:
 
 
 class Role:
-    """A file, and its engine and scheduler once they are needed."""
+    """A file, its queue, and a scheduler with its engine while they are needed."""
 
     def __init__(
         self, name: str, description: ModelDescription, settings: Settings,
         load: Callable[[Path, Settings], Engine] = load_engine,
     ) -> None:  # fmt: skip
         self.name, self.description, self._settings, self._load = name, description, settings, load
-        self._lock = threading.Lock()  # guards _engine, _scheduler and _closed
-        self._engine: Engine | None = None
+        self._lock = threading.Lock()  # guards _scheduler, _n_users, _last_used and _closed
         self._scheduler: Scheduler | None = None
+        self._n_users = 0
+        self._last_used = 0.0  # time.monotonic()
         self._closed = False
+        self.queue = Queue(settings.max_queue_tokens)
         self.cache = ScoreCache(settings.cache_mb * 1_000_000)
 
     @property
     def loaded(self) -> bool:
-        return self._engine is not None
+        return (scheduler := self._scheduler) is not None and scheduler.is_loaded
 
-    def load(self) -> tuple[Engine, Scheduler]:
-        """Loads on first use; others wait for it. Raises ModelError, and UnavailableError once closed."""
+    def start(self) -> Future[Engine]:
+        """Loads in the scheduler's thread, if nothing has. Raises UnavailableError once closed."""
         with self._lock:
             if self._closed:
                 raise UnavailableError("the server is stopping")
-            if self._engine is None or self._scheduler is None:
-                started = time.perf_counter()
-                self._engine = self._load(self.description.path, self._settings)
-                self._scheduler = Scheduler(self._engine, self.name)
-                log.info("%s: %s loaded in %.1f s", self.name, self.description.name, time.perf_counter() - started)
-            return self._engine, self._scheduler
+            if self._scheduler is None or self._scheduler.has_failed:
+                self._scheduler = Scheduler(self.name, self.queue, self._load_file, self._idle_s)
+            return self._scheduler.engine
 
-    def score(self, request: RerankRequest, indices: Sequence[int]) -> list[Scored]:
-        """The passages of `indices`, in that order. Raises ModelError and RequestError."""
+    def _load_file(self) -> Engine:
+        started = time.perf_counter()
+        engine = self._load(self.description.path, self._settings)
+        log.info("%s: %s loaded in %.1f s", self.name, self.description.name, time.perf_counter() - started)
+        return engine
+
+    def _idle_s(self, engine: Engine) -> float | None:
+        """See Scheduler."""
+        return math.inf
+
+    @contextlib.contextmanager
+    def engine(self, call: Call) -> Iterator[Engine]:
+        """Loads on first use; it is not freed before the `with` ends. Raises ModelError and RequestError."""
+        with self._lock:
+            self._n_users += 1
+        try:
+            yield call.result(self.start())
+        finally:
+            with self._lock:
+                self._n_users, self._last_used = self._n_users - 1, time.monotonic()
+
+    @contextlib.contextmanager
+    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Group]:
+        """Room in the queue for the n longest of a request's pairs (default: all). Nothing is tokenised for it. Raises
+        OverloadedError and UnavailableError."""
+        longest = self.description.max_length(self._settings)
+        with self.queue.admit(request.estimate_tokens(longest, n)) as group:
+            yield group
+
+    def score(
+        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None, group: Group | None = None
+    ) -> list[Scored]:
+        """The passages of `indices`, in that order. group: from admit. Raises ModelError and RequestError."""
         if not indices:
             return []
-        engine, _ = self.load()
-        groups = pairs_of(request, engine.pairs, indices)
-        logits = iter(self.logits([pair for group in groups for pair in group]))
+        if group is None:
+            with self.admit(request, len(indices)) as group:
+                return self.score(request, indices, call, group)
+        call = call or Call()
+        windows: list[list[Pair]] = []
+        with self.engine(call) as engine:
+            slices = self._tokenised(request, engine.pairs, indices, call, windows)
+            logits = iter(self._logits(slices, group, call))
         results = []
-        for index, group in zip(indices, groups, strict=True):
-            logit = max(itertools.islice(logits, len(group)))  # of windows the best counts
-            n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in group)
-            truncated = any(pair.truncated for pair in group)
+        for index, own in zip(indices, windows, strict=True):
+            logit = max(itertools.islice(logits, len(own)))  # of windows the best counts
+            n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in own)
+            truncated = any(pair.truncated for pair in own)
             results.append(Scored(index, logit, sigmoid(logit), self.description.name, n_tokens, truncated))
         return results
 
-    def logits(self, pairs: Sequence[Pair]) -> list[float]:
-        """Raw logits, in order. Equal pairs are scored once, known ones not at all. The longest go first, so that short
-        ones fill the batches. Raises ModelError and RequestError."""
-        _, scheduler = self.load()
-        keys = [pair.key for pair in pairs]
-        known = self.cache.take(keys)
-        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
-        longest_first = sorted(missing, key=lambda key: -missing[key].n_new)
-        futures = scheduler.submit([missing[key] for key in longest_first])
-        scored = {key: future.result() for key, future in zip(longest_first, futures, strict=True)}
+    @staticmethod
+    def _tokenised(
+        request: RerankRequest, pairs: Pairs, indices: Sequence[int], call: Call, windows: list[list[Pair]]
+    ) -> Iterator[tuple[list[Pair], float]]:
+        """Slice by slice: pairs, and which part of the request is still text. Fills windows, the pairs of each."""
+        for start in range(0, len(indices), SLICE_PASSAGES):
+            call.check()
+            started = time.monotonic()
+            made = pairs_of(request, pairs, indices[start : start + SLICE_PASSAGES])
+            call.tokenise_s += time.monotonic() - started
+            windows += made
+            yield [pair for own in made for pair in own], 1 - min(1, (start + SLICE_PASSAGES) / len(indices))
+
+    def logits(self, pairs: Sequence[Pair], call: Call | None = None) -> list[float]:
+        """Raw logits, in order. Raises ModelError and RequestError."""
+        call = call or Call()
+        with self.queue.admit(sum(pair.n_new for pair in pairs)) as group, self.engine(call):
+            return self._logits([(pairs, 0.0)], group, call)
+
+    def _logits(self, slices: Iterable[tuple[Sequence[Pair], float]], group: Group, call: Call) -> list[float]:
+        """Raw logits, in order. Equal pairs are scored once, known ones not at all."""
+        keys: list[bytes] = []
+        known: dict[bytes, float] = {}
+        n_estimated = group.n_estimated
+        for pairs, part_left in slices:
+            own = {pair.key: pair for pair in pairs}
+            keys += [pair.key for pair in pairs]
+            known |= self.cache.take(own.keys() - group.keys)
+            missing = {key: pair for key, pair in own.items() if key not in known and key not in group.keys}
+            self.queue.append(group, missing, int(n_estimated * part_left))
+            call.n_tokens += sum(len(pair.ids) for pair in missing.values())
+        scored = call.result(self.queue.complete(group))
+        call.n_pairs, call.queue_s = call.n_pairs + len(keys), call.queue_s + group.queue_s
+        call.inference_s += group.inference_s
         self.cache.put(scored, hits=len(known))
         known |= scored
         return [known[key] for key in keys]
 
-    def close(self) -> None:
-        """Answers what was submitted, then frees the model."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Answers what was submitted, then frees the model. False: that took longer than timeout_s."""
         with self._lock:
             self._closed = True
-            if self._scheduler is not None:
-                self._scheduler.close()
+            scheduler = self._scheduler
+        self.queue.close()
+        return scheduler is None or scheduler.join(timeout_s)
 
 
 class Roles:
@@ -2343,8 +2674,9 @@ _PAGES = {  # what each answers, and the media type and schema of the answer
 }  # fmt: skip
 _PAIR_SCHEMA = _object_schema(["query", "passage"], query=_STRING, passage=_STRING, use_llm={"type": "boolean"})
 _STATUSES = {400: "a field is wrong; the message names it", 401: "the key is missing or wrong", 404: "no such model",
-             411: "no Content-Length", 413: "the body is too large", 500: "a pair could not be scored",
-             503: "no model for this role, or the server is stopping"}  # fmt: skip
+             411: "no Content-Length", 413: "the body is too large", 429: "as many tokens wait as may: see Retry-After",
+             500: "a pair could not be scored", 503: "no model for this role, no room, or the server is stopping",
+             504: "the request's time is over"}  # fmt: skip
 
 
 def _operation(path: str, method: str) -> dict[str, Any]:
@@ -2408,12 +2740,15 @@ class Response:
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+Handler = Callable[[bytes, Call], Response]
+
+
 class Application:
     """What the routes do, without HTTP: raw body in, Response out. Any thread."""
 
     def __init__(self, roles: Roles, settings: Settings) -> None:
         self._roles, self._settings = roles, settings
-        self.routes: dict[str, dict[str, Callable[[bytes], Response]]] = {
+        self.routes: dict[str, dict[str, Handler]] = {
             path: {"POST": functools.partial(self.rerank, path=path)}  # the list of routes is the contracts'
             for path in dict.fromkeys(route for contract in CONTRACTS for route in contract.routes)
         }
@@ -2423,31 +2758,39 @@ class Application:
         if settings.debug:
             self.routes["/debug/pair"] = {"POST": self.debug_pair}
 
-    def rerank(self, raw: bytes, path: str = "/rerank") -> Response:
+    def rerank(self, raw: bytes, call: Call, path: str = "/rerank") -> Response:
         request, contract = RerankRequest.parse(raw, path)
-        ranking = self.rank(request)
+        ranking = self.rank(request, call)
         files = dict.fromkeys((ranking.file, *(result.model for result in ranking.results)))
         headers = {"X-Rerank-Model": ",".join(map(urllib.parse.quote, files))}  # a header holds no other alphabet
         if truncated := sorted(result.index for result in ranking.results if result.truncated):
             headers["X-Rerank-Truncated"] = ",".join(map(str, truncated))
         return Response(200, contract.write(ranking, request, path), headers)
 
-    def rank(self, request: RerankRequest) -> Ranking:
+    def rank(self, request: RerankRequest, call: Call | None = None) -> Ranking:
         """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, and those come first."""
+        call = call or Call()
+        call.timeout_s = min(call.timeout_s, request.timeout_s, self._settings.max_timeout_s)
         role = self._roles.select(request, self._settings.strict_model)
-        everything = range(len(request.passages))
-        model = request.model or role.description.name
-        if role is self._roles.m3 or request.llm_top_n is None:
-            results = best_first(role.score(request, everything))
-            return Ranking(tuple(results), model, role.description.name, sum(result.n_tokens for result in results))
-        first = best_first(self._roles.m3.score(request, everything))
-        chosen = [result.index for result in first[: request.llm_top_n]]
-        second = best_first(role.score(request, chosen))
-        n_tokens = sum(result.n_tokens for result in (*first, *second))
-        results = [*second, *first[request.llm_top_n :]]
-        return Ranking(tuple(results), model, role.description.name, n_tokens, n_llm=len(second))
+        if role is not self._roles.m3 and request.llm_top_n is not None:
+            return self._rank_in_two_stages(request, request.llm_top_n, role, call)
+        results = best_first(role.score(request, range(len(request.passages)), call))
+        n_tokens = sum(result.n_tokens for result in results)
+        return Ranking(tuple(results), self._shown(request, role), role.description.name, n_tokens)
 
-    def health(self, raw: bytes) -> Response:
+    def _rank_in_two_stages(self, request: RerankRequest, n: int, role: Role, call: Call) -> Ranking:
+        with role.admit(request, n) as group:  # now: not a refusal when the first stage is done
+            first = best_first(self._roles.m3.score(request, range(len(request.passages)), call))
+            second = best_first(role.score(request, [result.index for result in first[:n]], call, group))
+        n_tokens = sum(result.n_tokens for result in (*first, *second))
+        results = (*second, *first[n:])
+        return Ranking(results, self._shown(request, role), role.description.name, n_tokens, n_llm=len(second))
+
+    @staticmethod
+    def _shown(request: RerankRequest, role: Role) -> str:
+        return request.model or role.description.name
+
+    def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
         models |= {role.name: self._model_state(role) for role in self._roles.all()}
         return Response(200, {"status": "ok", "version": __version__, "models": models})
@@ -2462,7 +2805,7 @@ class Application:
             "cache": {"entries": len(role.cache), "hits": role.cache.hits, "misses": role.cache.misses},
         }  # fmt: skip
 
-    def info(self, raw: bytes) -> Response:
+    def info(self, raw: bytes, call: Call) -> Response:
         """TEI's GET /info, which its clients ask first, and every limit of this server."""
         labels, model = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}, self._roles.m3.description
         return Response(200, {
@@ -2474,7 +2817,7 @@ class Application:
             "tokenization_workers": self._settings.tuning.threads, "version": __version__,
         })  # fmt: skip
 
-    def models(self, raw: bytes) -> Response:
+    def models(self, raw: bytes, call: Call) -> Response:
         """OpenAI's list of models: one for each role that has a file."""
         return Response(200, {"object": "list", "data": [
             {"id": role.description.name, "object": "model", "created": 0, "owned_by": role.description.source,
@@ -2482,23 +2825,23 @@ class Application:
             for role in self._roles.all()
         ]})  # fmt: skip
 
-    def openapi(self, raw: bytes) -> Response:
+    def openapi(self, raw: bytes, call: Call) -> Response:
         return Response(200, openapi_document(self.routes))
 
-    def docs(self, raw: bytes) -> Response:
+    def docs(self, raw: bytes, call: Call) -> Response:
         return Response(200, docs_page(self.routes))
 
-    def debug_pair(self, raw: bytes) -> Response:
+    def debug_pair(self, raw: bytes, call: Call) -> Response:
         """One pair as the model sees it: {query, passage, use_llm} -> pieces, ids, where it was cut, logit, score."""
         body = parse_json_object(raw)
         query, passage = _text(body.get("query"), "query", body), _text(body.get("passage"), "passage", body)
         request = RerankRequest((query,), (passage,), _boolean(body.get("use_llm"), "use_llm"))
         role = self._roles.select(request, strict=False)
-        engine, _ = role.load()
-        ((pair,),) = pairs_of(request, engine.pairs, [0])
-        (logit,) = role.logits([pair])
-        sequences = {"ids": pair.ids, **({"query_ids": pair.query_ids} if pair.query_ids else {})}
-        pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
+        with role.engine(call) as engine:
+            ((pair,),) = pairs_of(request, engine.pairs, [0])
+            (logit,) = role.logits([pair], call)
+            sequences = {"ids": pair.ids, **({"query_ids": pair.query_ids} if pair.query_ids else {})}
+            pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
         return Response(200, {
             "model": role.description.name, **sequences, **pieces, "passage_start": pair.passage_start,
             "n_dropped": pair.n_dropped, "logit": logit, "score": sigmoid(logit),
@@ -2870,6 +3213,54 @@ class RequestReader:
                 self._receive()
 
 
+class HangUp:
+    """Whether the client of a connection has hung up, asked while its request is being answered.
+
+    A client that has closed and one that has only ended its own sending (shutdown) look the same at first: a FIN. The
+    second still wants its answer. So after a FIN an interim answer is sent, which every client must skip (RFC 9110,
+    15.2): the kernel of a closed one replies with a reset. HTTP/1.0 has no interim answers: its clients are served on.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.version = (1, 1)
+        self._connection, self._ask_at = connection, math.inf  # time.monotonic()
+
+    def __call__(self) -> bool:
+        poll = select.poll()
+        poll.register(self._connection, _POLL_FIN)
+        events = dict(poll.poll(0)).get(self._connection.fileno(), 0)
+        if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            return True
+        if events & _POLL_FIN and self.version >= (1, 1):
+            return self._is_reset_when_asked()
+        return False
+
+    def _is_reset_when_asked(self) -> bool:
+        """Asks once, and not when the answer comes at once."""
+        if self._ask_at == math.inf:
+            self._ask_at = time.monotonic() + HANG_UP_POLL_S / 2
+        elif 0 < self._ask_at < time.monotonic():
+            self._ask_at = -math.inf
+            try:
+                self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            except OSError:
+                return True
+        return False
+
+
+_POLL_FIN = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere only a reset is seen
+
+
+def _timeout_s(head: Head) -> float:
+    """X-Request-Timeout-Ms. Raises BadRequestError."""
+    given = head.fields.get("x-request-timeout-ms")
+    if given is None:
+        return math.inf
+    if not re.fullmatch(r"[0-9]{1,9}", given) or int(given) == 0:
+        raise BadRequestError("the X-Request-Timeout-Ms header must be a number of milliseconds, at least 1")
+    return int(given) / 1000
+
+
 class RerankHandler(socketserver.BaseRequestHandler):
     """Reads one request after the other from a connection and writes exactly one answer to each."""
 
@@ -2881,7 +3272,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._reader = RequestReader(self.connection, self.server.settings, self.server.bodies)
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError):  # the client is gone
+        with contextlib.suppress(OSError, ClientGoneError):
             while self._wait():
                 self._answer()
                 if self._is_last:
@@ -2893,10 +3284,13 @@ class RerankHandler(socketserver.BaseRequestHandler):
 
     def _answer(self) -> None:
         """Reads a request and writes its answer."""
-        self._started = time.perf_counter()
+        self._hang_up = HangUp(self.connection)
+        self._call = Call(self._hang_up)
         self._head, self._raw, self._is_last, self._is_unread = Head(), b"", True, True
         try:
             response = self._respond()
+        except ClientGoneError:
+            raise
         except RequestError as error:
             response = self._refuse(error)
         except ModelError as error:
@@ -2919,6 +3313,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
     def _respond(self) -> Response:
         head = self._head = self._reader.read_head()
         self._is_last, self._is_unread = head.is_last, head.has_body
+        self._hang_up.version = head.version
         handler = self._handler_of(head)
         is_authorized = head.path in OPEN_ROUTES or self._is_authorized()
         if not is_authorized and head.expects_continue:
@@ -2926,9 +3321,10 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._raw = self._read_body()
         if not is_authorized:  # only now: the shape of the answer depends on the body
             raise UnauthorizedError()
-        return handler(self._raw)
+        self._call.timeout_s = _timeout_s(head)
+        return handler(self._raw, self._call)
 
-    def _handler_of(self, head: Head) -> Callable[[bytes], Response]:
+    def _handler_of(self, head: Head) -> Handler:
         methods = self.server.application.routes.get(head.path)
         if methods is None:
             known = ", ".join(self.server.application.routes)
@@ -2960,7 +3356,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._log(response)
 
     def _log(self, response: Response) -> None:
-        milliseconds = (time.perf_counter() - self._started) * 1000
+        milliseconds = self._call.seconds * 1000
         log.info("%s %s %d %.1f ms", self._head.method or "?", self._head.path[:200], response.status, milliseconds)
 
     def _linger(self) -> None:
@@ -3037,7 +3433,7 @@ def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     roles = Roles.find(settings)
-    roles.m3.load()
+    roles.m3.start().result()
     try:
         server = RerankServer(Application(roles, settings), settings)
     except OSError as error:
@@ -3052,8 +3448,8 @@ def serve(settings: Settings) -> int:
     if not done:
         log.warning("some requests were not done within %d s", settings.drain_s)
         os._exit(0)  # their threads hold the models
-    for role in roles.all():
-        role.close()
+    if not all(role.close(HUNG_ENGINE_S) for role in roles.all()):
+        os._exit(0)  # an engine that does not come back
     log.info("stopped")
     return 0
 

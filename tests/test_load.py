@@ -1,0 +1,357 @@
+"""Under load and faults: whose turn it is, what is refused, given up or dropped, and that others do not notice."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from test_http import FakeEngine, FakePairs, Running, sigmoid
+
+import rerank_server as server
+
+WAIT_S = 20
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def pair(n_tokens: int, tag: int, prefix: Sequence[int] = ()) -> server.Pair:
+    ids = (*prefix, tag, *range(n_tokens - 1))
+    return server.Pair(ids, 1, 0, n_shared=len(prefix))
+
+
+class Loaded:
+    """A queue with groups in it, without threads: next() is what the engine would get."""
+
+    def __init__(self, max_tokens: int = 100_000) -> None:
+        self.queue = server.Queue(max_tokens)
+        self.stack = ExitStack()
+
+    def group(self, *pairs: server.Pair) -> server.Group:
+        group = self.stack.enter_context(self.queue.admit(0))
+        self.queue.append(group, {one.key: one for one in pairs}, 0)
+        self.queue.complete(group)
+        return group
+
+    def next(self, max_tokens: int = 64, max_sequences: int = 8) -> list[server.Entry]:
+        batch = self.queue.next_batch(max_tokens, max_sequences, idle_s=0)
+        assert batch is not None
+        return batch
+
+
+def test_a_short_request_waits_for_one_decode_of_a_long_one() -> None:
+    """Would break: a user with five passages waits until somebody else's thousand are done."""
+    loaded = Loaded()
+    long = loaded.group(*(pair(60, n) for n in range(1000)))
+    loaded.next()
+    short = loaded.group(*(pair(60, -n) for n in range(1, 4)))
+    turns = [{entry.group for entry in loaded.next()} for _ in range(6)]
+    assert sum(short in groups for groups in turns) == 3
+    assert sum(long in groups for groups in turns) == 3
+
+
+def test_a_short_requests_decode_is_shared_with_as_much_again_and_no_more() -> None:
+    """Would break: five tokens of a user's wait for a decode of 512 of somebody else's."""
+    loaded = Loaded()
+    short = loaded.group(pair(12, 1))
+    loaded.group(*(pair(6, n) for n in range(2, 100)))
+    batch = loaded.next()
+    assert batch[0].group is short
+    assert sum(entry.pair.n_new for entry in batch) == 24
+    assert loaded.queue.n_tokens == 98 * 6 - 12
+
+
+def test_equal_requests_share_decodes_longest_pairs_first() -> None:
+    loaded = Loaded()
+    for start in (0, 100):
+        loaded.group(*(pair(length, start + length) for length in (4, 30, 8)))
+    assert [entry.pair.n_new for entry in loaded.next()] == [30, 8, 4, 8, 4]
+    assert [entry.pair.n_new for entry in loaded.next()] == [30]
+
+
+def test_a_decode_has_one_prefix() -> None:
+    """Would break: gemma computes a query's prefix more often than there are turns."""
+    loaded = Loaded()
+    loaded.group(pair(9, 1, [7, 7]), pair(9, 2, [8]), pair(5, 3, [7, 7]), pair(5, 4, [8]))
+    loaded.group(pair(5, 5, [7, 7]), pair(5, 6, [9]))
+    prefixes = []
+    while batch := loaded.next():
+        prefixes.append({entry.prefix for entry in batch})
+    assert all(len(prefix) == 1 for prefix in prefixes)
+    assert len(prefixes) == 3
+
+
+def test_what_waits_is_bounded_and_one_request_takes_half_of_it_at_most() -> None:
+    loaded = Loaded(max_tokens=1000)
+    with loaded.queue.admit(1_000_000), loaded.queue.admit(500):
+        with pytest.raises(server.OverloadedError) as refused, loaded.queue.admit(1):
+            pass
+        assert refused.value.headers["Retry-After"] == "1"
+    with loaded.queue.admit(1):
+        pass
+
+
+def test_retry_after_follows_from_what_the_engine_scored_lately() -> None:
+    loaded = Loaded(max_tokens=1000)
+    loaded.group(*(pair(50, n) for n in range(10)))
+    batch = loaded.next(50)
+    loaded.queue.finish(batch, [1.0], seconds=5)  # ten tokens a second, and 450 wait
+    with loaded.queue.admit(500), pytest.raises(server.OverloadedError) as refused, loaded.queue.admit(170):
+        pass
+    assert refused.value.headers["Retry-After"] == "12"  # for the 120 that are too many
+
+
+def test_a_logit_that_is_no_number_fails_its_own_request_and_no_other() -> None:
+    loaded = Loaded()
+    bad, good = loaded.group(pair(9, 1), pair(9, 2)), loaded.group(pair(9, 3), pair(9, 4))
+    batch = loaded.next()
+    assert {entry.group for entry in batch} == {bad, good}
+    logits = [math.nan if entry.pair.ids[0] == 1 else 2.0 for entry in batch]
+    loaded.queue.finish(batch, logits, 0.1)
+    while batch := loaded.next():
+        loaded.queue.finish(batch, [2.0] * len(batch), 0.1)
+    assert isinstance(bad.scored.exception(0), server.EngineError)
+    assert list(good.scored.result(0).values()) == [2.0, 2.0]
+
+
+class CountingPairs(FakePairs):
+    """Counts what is tokenised; `held` holds it back after the first slice."""
+
+    def __init__(self) -> None:
+        self.n_made, self.held = 0, threading.Event()
+        self.held.set()
+
+    def make(self, query: str, passages: Sequence[str], *arguments: Any, **keywords: Any) -> list[server.Pair]:
+        if self.n_made:
+            assert self.held.wait(WAIT_S)
+        self.n_made += len(passages)
+        return super().make(query, passages)
+
+
+class BatchEngine(FakeEngine):
+    """Says what it was given, and makes NaN of passages with nan_words words."""
+
+    nan_words = -1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = self.counting = CountingPairs()
+        self.batches: list[list[int]] = []
+
+    def score(self, pairs: Sequence[server.Pair]) -> list[float]:
+        self.batches.append([len(one.ids) - 1 for one in pairs])
+        return [math.nan if len(pair.ids) == self.nan_words + 1 else logit
+                for pair, logit in zip(pairs, super().score(pairs), strict=True)]  # fmt: skip
+
+
+class Busy(Running):
+    """A server whose engine can be held, with requests sent from threads."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**{"cache_mb": 0, **changes})
+        self.engine: BatchEngine = BatchEngine()
+        self.answers: dict[str, tuple[int, Any, Any]] = {}
+        self.threads: list[threading.Thread] = []
+
+    def send(self, name: str, words: Sequence[int], headers: dict[str, str] | None = None, /, **fields: Any) -> None:
+        """From a thread of its own: passages of so many words each."""
+        body = json.dumps({"query": name, "passages": ["w " * n for n in words], **fields}).encode()
+
+        def ask() -> None:
+            self.answers[name] = self.request("POST", "/rerank", body, **(headers or {}))
+
+        self.threads.append(threading.Thread(target=ask))
+        self.threads[-1].start()
+
+    def hold(self) -> None:
+        """One request's decode does not end before release()."""
+        self.engine.block.clear()
+        n_batches = len(self.engine.batches)
+        self.send("held", [1])
+        until(lambda: len(self.engine.batches) > n_batches)
+
+    def status(self, name: str) -> int:
+        until(lambda: name in self.answers)
+        return self.answers[name][0]
+
+    def close(self) -> None:
+        self.engine.counting.held.set()
+        super().close()
+        for thread in self.threads:
+            thread.join(WAIT_S)
+
+
+@pytest.fixture
+def busy() -> Iterator[Busy]:
+    fixture = Busy()
+    yield fixture
+    fixture.close()
+
+
+def waiting_tokens(busy: Busy) -> int:
+    return busy.roles.m3.queue.n_tokens
+
+
+def test_an_overloaded_server_refuses_before_it_tokenises() -> None:
+    busy = Busy(max_queue_tokens=1000)
+    busy.hold()
+    busy.send("a", [200, 199, 198])
+    busy.send("b", [200, 199, 198])
+    until(lambda: waiting_tokens(busy) >= 1000)
+    n_made = busy.engine.counting.n_made
+    for body, shape in ({"query": "q", "texts": ["w " * 300]}, str), ({"query": "q", "documents": ["w " * 300]}, dict):
+        status, answer, headers = busy.rerank(body)
+        assert (status, answer["error_type"]) == (429, "overloaded")
+        assert isinstance(answer["error"], shape)
+        assert int(headers["Retry-After"]) >= 1
+    assert busy.engine.counting.n_made == n_made
+    assert busy.request("GET", "/health")[0] == 200
+    busy.engine.block.set()
+    assert (busy.status("a"), busy.status("b")) == (200, 200)
+    assert busy.rerank({"query": "q", "passages": ["w " * 300]})[0] == 200
+    busy.close()
+
+
+def test_a_list_longer_than_the_queue_is_scored_and_leaves_room_for_others() -> None:
+    busy = Busy(max_queue_tokens=1000)
+    busy.hold()
+    busy.send("huge", [n % 60 for n in range(2000)])
+    until(lambda: waiting_tokens(busy) >= 1000)
+    busy.send("small", [2, 3])
+    busy.engine.block.set()
+    assert busy.status("small") == 200
+    assert busy.status("huge") == 200
+    assert busy.answers["huge"][1] == pytest.approx([sigmoid(n % 60 - 2) for n in range(2000)])
+    busy.close()
+
+
+@pytest.mark.parametrize(("headers", "fields"), [({}, {"timeout": 0.3}), ({"X-Request-Timeout-Ms": "300"}, {}),
+                                                 ({"X-Request-Timeout-Ms": "300"}, {"timeout": 60})])  # fmt: skip
+def test_at_its_deadline_a_request_is_504_and_the_rest_of_it_is_not_scored(
+    busy: Busy, headers: dict[str, str], fields: dict[str, Any]
+) -> None:
+    busy.hold()
+    busy.send("late", [40] * 3 + [39, 38, 37], headers, **fields)
+    busy.send("patient", [40, 39])
+    assert busy.status("late") == 504
+    assert busy.answers["late"][1]["error_type"] == "deadline_exceeded"
+    busy.engine.block.set()
+    assert busy.status("patient") == 200
+    assert busy.answers["patient"][1] == pytest.approx([sigmoid(38), sigmoid(37)])
+    assert sorted(sum(busy.engine.batches, [])) == [1, 39, 40]
+
+
+def test_no_request_takes_longer_than_the_servers_maximum() -> None:
+    """An engine that hangs: 504, as long as it does, and the server goes on."""
+    busy = Busy(max_timeout_s=1)
+    busy.hold()
+    busy.send("late", [5], timeout=3600)
+    assert (busy.status("held"), busy.status("late")) == (504, 504)
+    assert busy.request("GET", "/health")[0] == 200
+    busy.engine.block.set()
+    assert busy.rerank({"query": "q", "passages": ["a"]})[0] == 200
+    busy.close()
+
+
+@pytest.mark.parametrize("given", ["0", "-5", "1e3", "soon", "1" * 30, ""])
+def test_a_header_timeout_that_is_no_number_is_refused(busy: Busy, given: str) -> None:
+    body = json.dumps({"query": "q", "passages": ["a"]}).encode()
+    status, answer, _ = busy.request("POST", "/rerank", body, **{"X-Request-Timeout-Ms": given})
+    assert (status, "X-Request-Timeout-Ms" in answer["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("given", [0, -1, "3", True, 1e400, [1]])
+def test_a_timeout_that_is_no_time_is_refused(busy: Busy, given: Any) -> None:
+    status, answer, _ = busy.rerank({"query": "q", "passages": ["a"], "timeout": given})
+    assert (status, answer["error"]["param"]) == (400, "timeout")
+
+
+def connect(busy: Busy, query: str, words: Sequence[int], version: str = "1.1") -> socket.socket:
+    """A request on a connection of its own, sent and not yet answered."""
+    body = json.dumps({"query": query, "passages": ["w " * n for n in words]}).encode()
+    connection = socket.create_connection(("127.0.0.1", busy.port), timeout=WAIT_S)
+    head = f"POST /rerank HTTP/{version}\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_what_a_client_that_hung_up_asked_for_is_dropped(busy: Busy) -> None:
+    busy.hold()
+    connection = connect(busy, "gone", [50] * 4 + [51, 52])
+    busy.send("other", [9, 8])
+    until(lambda: waiting_tokens(busy) > 150)
+    connection.close()
+    until(lambda: waiting_tokens(busy) < 30)
+    busy.engine.block.set()
+    assert busy.status("other") == 200
+    assert all(n < 50 for n in sum(busy.engine.batches, []))
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_client_that_only_ends_its_own_sending_gets_its_answer(busy: Busy, version: str) -> None:
+    busy.hold()
+    connection = connect(busy, "half", [4], version)
+    connection.shutdown(socket.SHUT_WR)
+    time.sleep(3 * server.HANG_UP_POLL_S)
+    busy.engine.block.set()
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    assert json.loads(answer.read()) == pytest.approx([sigmoid(2)])
+    connection.close()
+
+
+def test_a_number_that_is_none_fails_one_request_of_a_batch(busy: Busy) -> None:
+    busy.engine.nan_words = 13
+    busy.hold()
+    busy.send("bad", [13])
+    until(lambda: waiting_tokens(busy) == 14)
+    busy.send("good", [12])
+    until(lambda: waiting_tokens(busy) == 27)
+    busy.engine.block.set()
+    assert (busy.status("bad"), busy.status("good")) == (500, 200)
+    assert sorted([12, 13]) in [sorted(batch) for batch in busy.engine.batches]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("secret"), MemoryError(), server.EngineError("no")])
+def test_an_engine_that_fails_fails_its_batch_and_the_next_one_is_served(busy: Busy, failure: Exception) -> None:
+    busy.hold()
+    busy.send("a", [60, 59])
+    until(lambda: waiting_tokens(busy) > 100)
+    busy.engine.fail = failure
+    busy.engine.block.set()
+    assert (busy.status("held"), busy.status("a")) == (500, 500)
+    assert "secret" not in json.dumps(busy.answers["a"][1])
+    busy.engine.fail = None
+    assert busy.rerank({"query": "q", "passages": ["w " * 60]})[0] == 200
+
+
+def test_the_first_decode_of_a_long_list_starts_while_the_rest_is_still_text(busy: Busy) -> None:
+    busy.engine.counting.held.clear()
+    busy.send("long", range(3 * server.SLICE_PASSAGES))
+    until(lambda: busy.engine.batches)
+    assert busy.engine.counting.n_made == server.SLICE_PASSAGES
+    busy.engine.counting.held.set()
+    assert busy.status("long") == 200
+    assert busy.answers["long"][1] == pytest.approx([sigmoid(n - 2) for n in range(3 * server.SLICE_PASSAGES)])
+
+
+def test_threads_end_with_the_server() -> None:
+    before = set(threading.enumerate())
+    busy = Busy()
+    busy.send("a", [3] * 40)
+    assert busy.status("a") == 200
+    busy.close()
+    until(lambda: not [thread for thread in set(threading.enumerate()) - before if "scheduler" in thread.name])
