@@ -48,10 +48,12 @@ import mmap
 import os
 import platform
 import re
+import resource
 import select
 import signal
 import socket
 import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -60,7 +62,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import uuid
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -103,11 +105,16 @@ SLICE_PASSAGES = 128  # tokenised at once: the first decode starts while the res
 HANG_UP_POLL_S = 0.25
 HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for any more
 MAX_RETRY_AFTER_S = 600
+MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time that grows with the square of its digits
+MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
+MAX_UNAUTHORIZED_BODY_BYTES = 1_000_000  # more is not read from a client without the key
 MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
 OPEN_ROUTES = ("/health",)
 SEND_TIMEOUT_S = 30  # for a client that does not read its answer
 LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
+PREFLIGHT_AGE_S = 600  # a browser asks again after it
 ACCEPT_PAUSE_S = 0.05  # when the system gives no more file descriptors
+SPARE_FILES = 128  # beside those of connections: models, logs, connections that are turned away
 MAX_TURNED_AWAY = 64  # connections that read why they were not served
 MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma", "mini": "make run"}
 
@@ -158,6 +165,10 @@ class Settings:
     cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
     drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
     api_key: str = _setting("", "clients must send it as `Authorization: Bearer KEY` (not for /health)")
+    api_key_file: Path | None = _setting(None, "file with such keys, one a line; lines that begin with # are comments")
+    cors_origins: str = _setting("", "origins whose pages may ask, with commas between them; *: all; empty: none")
+    tls_cert: Path | None = _setting(None, "PEM file with the certificate (and its chain): serves https")
+    tls_key: Path | None = _setting(None, "PEM file with the certificate's private key, not encrypted")
     strict_model: bool = _setting(False, "answer 404 to an unknown model name instead of taking the default model")
     debug: bool = _setting(False, "serve POST /debug/pair, which shows the token ids of a pair")
 
@@ -172,14 +183,64 @@ class Settings:
             raise SettingsError(f"--ubatch must be 0 or at least {MIN_UBATCH_TOKENS}, not {self.ubatch}")
         if self.max_bodies_mb < self.max_body_mb:
             raise SettingsError(f"--max-bodies-mb must have room for one body of --max-body-mb ({self.max_body_mb})")
-        for name in ("m3", "gemma"):
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("--tls-cert and --tls-key go together")
+        for name in ("m3", "gemma", "api_key_file", "tls_cert", "tls_key"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise SettingsError(f"{flag_of(name)}: there is no file {path}")
+        _ = self.api_key_digests, self.allowed_origins, self.tls_context  # which are read once, now
+
+    @functools.cached_property
+    def api_key_digests(self) -> list[bytes]:
+        """Empty: no key is asked for. Digests, since comparing strings of different lengths tells the length."""
+        keys = {"--api-key": self.api_key} if self.api_key else {}
+        keys |= _keys_of(self.api_key_file) if self.api_key_file else {}
+        for source, key in keys.items():
+            if not re.fullmatch(r"[!-~]+", key):
+                raise SettingsError(f"{source}: a key holds visible ASCII characters only, and no spaces")
+        return [hashlib.sha256(key.encode()).digest() for key in keys.values()]
+
+    @functools.cached_property
+    def allowed_origins(self) -> frozenset[str]:
+        origins = frozenset(origin.strip() for origin in self.cors_origins.split(",") if origin.strip())
+        for origin in origins:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
+                raise SettingsError(f"--cors-origins: {origin!r} is no origin; they look like https://app.example.com")
+        return origins
+
+    @functools.cached_property
+    def tls_context(self) -> ssl.SSLContext | None:
+        if self.tls_cert is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # A client that hangs up without TLS's goodbye needs no alert: lengths say whether a request was cut off.
+        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # OpenSSL 3
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(self.tls_cert, self.tls_key, password="")  # or it would ask on the terminal
+        except (OSError, ValueError) as error:
+            files = f"--tls-cert {self.tls_cert}, --tls-key {self.tls_key}"
+            raise SettingsError(f"{files}: no PEM certificate with its unencrypted key: {error}") from None
+        return context
 
     @functools.cached_property
     def tuning(self) -> Tuning:
         return Tuning.of(self)
+
+
+def _keys_of(path: Path) -> dict[str, str]:
+    """By the place where each stands."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
+    numbered = {f"--api-key-file: {path}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
+    keys = {place: line for place, line in numbered.items() if line and not line.startswith("#")}
+    if not keys:
+        raise SettingsError(f"--api-key-file: {path} holds no key")
+    return keys
 
 
 class SettingsError(Exception):
@@ -364,7 +425,7 @@ class UnauthorizedError(RequestError):
     status, error_type = 401, "unauthorized"
 
     def __init__(self) -> None:
-        message = "the Authorization header must be: Bearer KEY, with the server's key"
+        message = "the Authorization header must be: Bearer KEY, with a key of this server"
         super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -515,20 +576,64 @@ class RerankRequest:
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """The body as a dict. Raises BadRequestError for invalid UTF-8, invalid JSON, and JSON that is not an object."""
+    """The body as a dict. Raises BadRequestError for invalid UTF-8, invalid JSON, and JSON that is not an object.
+
+    Stricter than Python's json: names must be unique (readers differ in which of two they take: RFC 8259, 4), NaN and
+    Infinity are no JSON, and the memory that a body grows into is bounded.
+    """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRequestError(f"the body is not valid UTF-8: byte {error.start} is wrong") from None
+    if _n_containers(raw) > MAX_JSON_CONTAINERS:
+        raise BadRequestError(f"the body holds more than {MAX_JSON_CONTAINERS:,} lists and objects")
     try:
-        body = json.loads(text)
+        body = _JSON.decode(text)
     except RecursionError:
         raise BadRequestError("the body is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and integers of more digits than Python converts
+    except ValueError as error:
         raise BadRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, not {_json_type(body)}")
     return body
+
+
+def _n_containers(raw: bytes) -> int:
+    """Lists and objects of a JSON text. Brackets inside strings are told apart only where there are many."""
+    if (n_brackets := raw.count(b"[") + raw.count(b"{")) <= MAX_JSON_CONTAINERS:
+        return n_brackets
+    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", raw, flags=re.DOTALL))
+    return bare.count(b"[") + bare.count(b"{")
+
+
+def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        ((name, _),) = Counter(name for name, _ in items).most_common(1)
+        raise BadRequestError(f"the name {name[:100]!r} is in an object of the body twice", name[:100])
+    return found
+
+
+def _json_integer(text: str) -> int:
+    if len(text) > MAX_NUMBER_CHARACTERS:
+        n, limit = len(text), MAX_NUMBER_CHARACTERS
+        raise BadRequestError(f"a number in the body has {n:,} characters; at most {limit:,} are read")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
+    if len(text) > MAX_NUMBER_CHARACTERS or not math.isfinite(value := float(text)):
+        raise BadRequestError(f"the number {text[:40]} in the body is more than a float can hold")
+    return value
+
+
+def _json_constant(text: str) -> None:
+    raise BadRequestError(f"the body is not valid JSON: {text} is no JSON number")
+
+
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_json_object, parse_int=_json_integer, parse_float=_json_float, parse_constant=_json_constant
+)  # fmt: skip
 
 
 def _text(value: Any, name: str, body: dict[str, Any] | None = None) -> str:
@@ -2674,9 +2779,12 @@ _PAGES = {  # what each answers, and the media type and schema of the answer
 }  # fmt: skip
 _PAIR_SCHEMA = _object_schema(["query", "passage"], query=_STRING, passage=_STRING, use_llm={"type": "boolean"})
 _STATUSES = {400: "a field is wrong; the message names it", 401: "the key is missing or wrong", 404: "no such model",
-             411: "no Content-Length", 413: "the body is too large", 429: "as many tokens wait as may: see Retry-After",
-             500: "a pair could not be scored", 503: "no model for this role, no room, or the server is stopping",
-             504: "the request's time is over"}  # fmt: skip
+             408: "it took too long to arrive", 411: "no Content-Length", 413: "the body is too large",
+             414: "the request line is too long", 417: "an unknown expectation",
+             429: "as many tokens wait as may: see Retry-After", 431: "the header is too large",
+             500: "a pair could not be scored", 501: "an unknown transfer coding",
+             503: "no model for this role, no room, or the server is stopping", 504: "the request's time is over",
+             505: "not HTTP/1"}  # fmt: skip
 
 
 def _operation(path: str, method: str) -> dict[str, Any]:
@@ -2904,7 +3012,8 @@ class RerankServer(socketserver.ThreadingTCPServer):
         self._close_turned_away(keep=MAX_TURNED_AWAY - 1)
         with contextlib.suppress(OSError):
             connection.setblocking(False)
-            connection.send(_message(_refusal(BusyError("all connections are in use")), is_last=True))
+            if self.settings.tls_context is None:  # a handshake would have to be waited for
+                connection.send(_message(_refusal(BusyError("all connections are in use")), is_last=True))
             connection.shutdown(socket.SHUT_WR)
         self._turned_away.append((time.monotonic() + LINGER_S, connection))
 
@@ -2967,7 +3076,7 @@ class RerankServer(socketserver.ThreadingTCPServer):
 
 def _stop_reading(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # the client may be gone
-        connection.shutdown(socket.SHUT_RD)
+        socket.socket.shutdown(connection, socket.SHUT_RD)  # SSLSocket's own would end the sending, too
 
 
 class ByteBudget:
@@ -3151,7 +3260,7 @@ class RequestReader:
             if len(body) + size > limit:
                 raise TooLargeError(f"the body has more than the {limit:,} bytes that are accepted")
             self._read_into(body, size)
-            if self._line(0):
+            if self._line(MAX_CHUNK_LINE_BYTES):
                 raise HttpError("a chunk is longer than its size says")
         _parse_fields(self._lines())
 
@@ -3269,14 +3378,29 @@ class RerankHandler(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if (context := self.server.settings.tls_context) is not None:
+            self.connection = context.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
         self._reader = RequestReader(self.connection, self.server.settings, self.server.bodies)
 
     def handle(self) -> None:
         with contextlib.suppress(OSError, ClientGoneError):
+            self._shake_hands()
             while self._wait():
                 self._answer()
                 if self._is_last:
                     break
+
+    def _shake_hands(self) -> None:
+        if isinstance(self.connection, ssl.SSLSocket):
+            with self.server.idle(self.connection):
+                self.connection.settimeout(self.server.settings.header_timeout_s)
+                self.connection.do_handshake()
+
+    def finish(self) -> None:
+        if isinstance(self.connection, ssl.SSLSocket):
+            with self.connection, contextlib.suppress(OSError, ValueError):
+                self.connection.settimeout(LINGER_S)
+                self.connection.unwrap()  # tells the client that nothing was cut off
 
     def _wait(self) -> bool:
         with self.server.idle(self.connection):
@@ -3315,45 +3439,66 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._is_last, self._is_unread = head.is_last, head.has_body
         self._hang_up.version = head.version
         handler = self._handler_of(head)
-        is_authorized = head.path in OPEN_ROUTES or self._is_authorized()
-        if not is_authorized and head.expects_continue:
+        is_authorized = head.path in OPEN_ROUTES or head.method == "OPTIONS" or self._has_key(head)
+        if not is_authorized and (head.expects_continue or (head.length or 0) > MAX_UNAUTHORIZED_BODY_BYTES):
             raise UnauthorizedError()
-        self._raw = self._read_body()
+        self._raw = self._read_body(head)
         if not is_authorized:  # only now: the shape of the answer depends on the body
             raise UnauthorizedError()
         self._call.timeout_s = _timeout_s(head)
         return handler(self._raw, self._call)
 
     def _handler_of(self, head: Head) -> Handler:
-        methods = self.server.application.routes.get(head.path)
-        if methods is None:
+        methods = self.server.application.routes.get(head.path, {})
+        if not methods and head.path != "*":
             known = ", ".join(self.server.application.routes)
             raise NotFoundError(f"there is no {head.path[:200]!r} here; the endpoints are {known}")
+        allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
+        if head.method == "OPTIONS":
+            return lambda raw, call: Response(204, None, {"Allow": allowed})
         handler = methods.get("GET" if head.method == "HEAD" else head.method)
         if handler is None:
-            allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
             raise MethodError(f"{head.path} takes {allowed}, not {head.method[:20]}", headers={"Allow": allowed})
         return handler
 
-    def _is_authorized(self) -> bool:
-        scheme, _, given = self._head.fields.get("authorization", "").partition(" ")
-        key = self.server.settings.api_key
-        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
-        return not key or (is_right and scheme.lower() == "bearer")
+    def _has_key(self, head: Head) -> bool:
+        """True where none is asked for. Compares with every key, so that the time does not tell which one was near."""
+        scheme, _, given = head.fields.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).digest()
+        keys = self.server.settings.api_key_digests
+        is_one_of_them = sum(hmac.compare_digest(digest, key) for key in keys) > 0
+        return not keys or (is_one_of_them and scheme.lower() == "bearer")
 
-    def _read_body(self) -> bytes:
-        if self._head.method == "POST" and self._head.length is None and not self._head.is_chunked:
+    def _read_body(self, head: Head) -> bytes:
+        if head.method == "POST" and head.length is None and not head.is_chunked:
             raise LengthError("the request needs a Content-Length header, or a chunked body")
-        body = self._reader.read_body(self._head, self.server.settings.max_body_mb * 1_000_000)
+        body = self._reader.read_body(head, self.server.settings.max_body_mb * 1_000_000)
         self._is_unread = False
         return body
 
     def _send(self, response: Response) -> None:
         self._is_last = self._is_last or self._is_unread or self.server.draining
+        response.headers.update(self._cross_origin_headers(response))
         message = _message(response, self._is_last, has_payload=self._head.method != "HEAD")
         self.connection.settimeout(SEND_TIMEOUT_S + len(message) / MIN_BODY_BYTES_PER_S)
         self.connection.sendall(message)
         self._log(response)
+
+    def _cross_origin_headers(self, response: Response) -> dict[str, str]:
+        """What tells a browser that a page of an allowed origin may ask, and read the answer (Fetch standard, 3.3)."""
+        allowed, origin = self.server.settings.allowed_origins, self._head.fields.get("origin", "")
+        if not allowed:
+            return {}
+        headers = {"Vary": "Origin"}
+        if origin in allowed or (origin and "*" in allowed):
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = ", ".join(response.headers)
+            if self._head.method == "OPTIONS":
+                asked = self._head.fields.get("access-control-request-headers", "")
+                headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "")
+                headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
+                headers["Access-Control-Max-Age"] = str(PREFLIGHT_AGE_S)
+        return headers
 
     def _log(self, response: Response) -> None:
         milliseconds = self._call.seconds * 1000
@@ -3361,7 +3506,8 @@ class RerankHandler(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Closing with unread data would destroy our answer."""
-        self.connection.shutdown(socket.SHUT_WR)
+        if not isinstance(self.connection, ssl.SSLSocket):
+            self.connection.shutdown(socket.SHUT_WR)
         self._reader.skip(LINGER_S)
 
 
@@ -3376,12 +3522,12 @@ def _message(response: Response, is_last: bool, has_payload: bool = True) -> byt
     """The bytes of an answer. They leave in one write: none waits for the client's acknowledgement of others."""
     is_page = isinstance(response.body, str)
     text = response.body if is_page else json.dumps(response.body, ensure_ascii=False) + "\n"
-    payload = text.encode("utf-8", "replace")
-    headers = {
-        "Server": f"rerank-server/{__version__}", "Date": email.utils.formatdate(usegmt=True),
-        "Content-Type": "text/html; charset=utf-8" if is_page else "application/json",
-        "Content-Length": str(len(payload)), **response.headers, **({"Connection": "close"} if is_last else {}),
-    }  # fmt: skip
+    payload = b"" if response.status == http.HTTPStatus.NO_CONTENT else text.encode("utf-8", "replace")
+    headers = {"Server": f"rerank-server/{__version__}", "Date": email.utils.formatdate(usegmt=True)}
+    if payload:  # 204 takes no length: RFC 9110, 8.6
+        headers["Content-Type"] = "text/html; charset=utf-8" if is_page else "application/json"
+        headers["Content-Length"] = str(len(payload))
+    headers |= response.headers | ({"Connection": "close"} if is_last else {})
     lines = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (payload if has_payload else b"")
@@ -3432,6 +3578,7 @@ def serve(settings: Settings) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    _allow_files(settings.max_connections)
     roles = Roles.find(settings)
     roles.m3.start().result()
     try:
@@ -3439,8 +3586,9 @@ def serve(settings: Settings) -> int:
     except OSError as error:
         raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     host, port = server.server_address[0], server.server_address[1]
+    scheme = "https" if settings.tls_context else "http"
     host = f"[{host!s}]" if ":" in str(host) else {"0.0.0.0": "127.0.0.1"}.get(str(host), str(host))
-    print(start_report(roles, settings, f"http://{host}:{port}"), flush=True)
+    print(start_report(roles, settings, f"{scheme}://{host}:{port}"), flush=True)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="accept", daemon=True).start()
     stop.wait()
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
@@ -3452,6 +3600,16 @@ def serve(settings: Settings) -> int:
         os._exit(0)  # an engine that does not come back
     log.info("stopped")
     return 0
+
+
+def _allow_files(max_connections: int) -> None:
+    """Raises SettingsError when this process may not open that many connections, and what else it needs."""
+    needed = max_connections + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise SettingsError(f"--max-connections {max_connections} needs {needed} open files: `ulimit -Hn` says {hard}")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def check(path: Path, pairs: str | None, settings: Settings) -> int:
