@@ -7,7 +7,7 @@ up to the error of the quantisation. What cannot be scored is an error, never a 
 
     POST /rerank       the scores (use_llm false: the m3 role, true: the gemma role)
     POST /rerank, /v1/rerank, /v2/rerank, /score    the same in the words of other servers' clients (see CONTRACTS)
-    GET  /health       alive, and which file serves which role; /v1/models, /info, /openapi.json, /docs
+    GET  /health       alive, and which file serves which role; /ready, /metrics, /info, /openapi.json, /docs
     POST /debug/pair   the token ids that the model sees for one pair (only with --debug)
 
 A file is opened only after it was checked (`python rerank_server.py --check FILE` does just that): what scoring depends
@@ -78,6 +78,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
+import prometheus_client
 
 __version__ = "0.1.0"
 
@@ -109,7 +110,8 @@ MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time that 
 MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
 MAX_UNAUTHORIZED_BODY_BYTES = 1_000_000  # more is not read from a client without the key
 MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
-OPEN_ROUTES = ("/health",)
+PROGRESS_EVERY_S = 3.0
+OPEN_ROUTES = ("/health", "/ready")
 SEND_TIMEOUT_S = 30  # for a client that does not read its answer
 LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
 PREFLIGHT_AGE_S = 600  # a browser asks again after it
@@ -163,6 +165,9 @@ class Settings:
     body_timeout_s: int = _setting(30, "seconds for a body to arrive, and 1 more for each 10 kB of it", 1, 3600)
     keep_alive_s: int = _setting(60, "seconds that a connection may be idle between two requests", 1, 3600)
     cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
+    unload_idle_s: int = _setting(
+        0, "seconds without a request after which gemma's memory is freed until the next one; 0: never", 0, 10_000_000
+    )  # fmt: skip
     drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
     api_key: str = _setting("", "clients must send it as `Authorization: Bearer KEY` (not for /health)")
     api_key_file: Path | None = _setting(None, "file with such keys, one a line; lines that begin with # are comments")
@@ -170,6 +175,8 @@ class Settings:
     tls_cert: Path | None = _setting(None, "PEM file with the certificate (and its chain): serves https")
     tls_key: Path | None = _setting(None, "PEM file with the certificate's private key, not encrypted")
     strict_model: bool = _setting(False, "answer 404 to an unknown model name instead of taking the default model")
+    log_format: str = _setting("text", "how the log is written: a line of text, or of JSON", choices=("text", "json"))
+    log_texts: bool = _setting(False, "write each request's query and passages into the log")
     debug: bool = _setting(False, "serve POST /debug/pair, which shows the token ids of a pair")
 
     def __post_init__(self) -> None:
@@ -1168,9 +1175,10 @@ class Call:
     is_gone: Callable[[], bool] = lambda: False
     timeout_s: float = math.inf
     started: float = dataclasses.field(default_factory=time.monotonic)
+    request: RerankRequest | None = None
     tokenise_s: float = 0.0
-    queue_s: float = 0.0
-    inference_s: float = 0.0
+    queue_s: float = 0.0  # while its pairs waited for their turn
+    inference_s: float = 0.0  # of decodes with a pair of it
     n_pairs: int = 0
     n_tokens: int = 0
 
@@ -1192,6 +1200,80 @@ class Call:
             if wait([future], max(0.0, min(left_s, HANG_UP_POLL_S))).done:
                 return future.result()
             self.check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: GET /metrics, in Prometheus' text format
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_TENTHS = tuple(tenths / 10 for tenths in range(1, 11))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of METRICS. buckets: of a histogram."""
+
+    name: str
+    kind: Callable[..., Any]
+    help: str
+    labels: tuple[str, ...] = ("role",)
+    buckets: tuple[float, ...] = ()
+
+
+METRICS = (
+    Metric("requests", prometheus_client.Counter, "answers; status 499: the client hung up", ("route", "status")),
+    Metric("request_seconds", prometheus_client.Histogram, "from a request's arrival to its answer", ("route",),
+           _SECONDS),
+    Metric("queue_seconds", prometheus_client.Histogram, "while a request's pairs waited for their turn",
+           buckets=_SECONDS),
+    Metric("tokenise_seconds", prometheus_client.Histogram, "a request's tokenising", buckets=_SECONDS),
+    Metric("inference_seconds", prometheus_client.Histogram, "decodes with a pair of the request", buckets=_SECONDS),
+    Metric("batch_fill_ratio", prometheus_client.Histogram, "tokens of a decode, as a part of --ubatch",
+           buckets=_TENTHS),
+    Metric("pairs", prometheus_client.Counter, "pairs that were scored"),
+    Metric("tokens", prometheus_client.Counter, "their tokens, without a prefix that they share"),
+    Metric("failed_batches", prometheus_client.Counter, "decodes that failed, with all requests in them"),
+    Metric("cache_hits", prometheus_client.Counter, "pairs whose score was known"),
+    Metric("truncated_passages", prometheus_client.Counter, "passages that were cut"),
+    Metric("queue_tokens", prometheus_client.Gauge, "tokens that wait"),
+    Metric("queue_requests", prometheus_client.Gauge, "requests that wait or are being scored"),
+    Metric("model_loaded", prometheus_client.Gauge, "1: in memory"),
+    Metric("resident_bytes", prometheus_client.Gauge, "resident memory of the process", ()),
+    Metric("model", prometheus_client.Info, "the file of a role", ("role",)),
+    Metric("build", prometheus_client.Info, "versions", ()),
+)  # fmt: skip
+
+
+class Metrics:
+    """METRICS in a registry of their own, so that a process can hold several servers. Any thread."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        self._metrics = {
+            metric.name: metric.kind(
+                f"rerank_{metric.name}", metric.help, metric.labels, registry=self.registry,
+                **({"buckets": metric.buckets} if metric.buckets else {}),
+            )
+            for metric in METRICS
+        }  # fmt: skip
+        self("resident_bytes").set_function(resident_bytes)
+        self("build").info({"version": __version__, "llama_cpp_python": llama_cpp.__version__})
+
+    def __call__(self, name: str, *labels: str) -> Any:
+        """A metric of the prometheus-client library, with its labels' values."""
+        return self._metrics[name].labels(*labels) if labels else self._metrics[name]
+
+    def add_role(self, role: Role) -> None:
+        name, description = role.name, role.description
+        self("queue_tokens", name).set_function(lambda: role.queue.n_tokens)
+        self("queue_requests", name).set_function(lambda: role.queue.n_requests)
+        self("model_loaded", name).set_function(lambda: role.loaded)
+        self("model", name).info({"file": description.path.name, "kind": description.kind,
+                                  "quantization": description.quantization})  # fmt: skip
+
+    def text(self) -> str:
+        return prometheus_client.generate_latest(self.registry).decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1298,6 +1380,10 @@ class Queue:
     def n_tokens(self) -> int:
         """Tokens that wait, as far as they are known."""
         return sum(group.n_tokens for group in tuple(self._groups))
+
+    @property
+    def n_requests(self) -> int:
+        return len(self._groups)
 
     def append(self, group: Group, pairs: dict[bytes, Pair], n_estimated: int) -> None:
         """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still to come."""
@@ -1414,10 +1500,11 @@ class Scheduler:
     logits or an exception."""
 
     def __init__(
-        self, name: str, queue: Queue, load: Callable[[], Engine], idle_s: Callable[[Engine], float | None]
+        self, name: str, queue: Queue, load: Callable[[], Engine], idle_s: Callable[[Engine], float | None],
+        metrics: Metrics,
     ) -> None:  # fmt: skip
         """idle_s: for how long the engine may be idle before it is asked again; None: it was given up and freed."""
-        self._queue, self._load, self._idle_s = queue, load, idle_s
+        self._name, self._queue, self._load, self._idle_s, self._metrics = name, queue, load, idle_s, metrics
         self.engine: Future[Engine] = Future()
         self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
         self._thread.start()
@@ -1453,7 +1540,8 @@ class Scheduler:
                 self._score(engine, batch)
 
     def _score(self, engine: Engine, batch: list[Entry]) -> None:
-        started = time.monotonic()
+        started, n_tokens = time.monotonic(), sum(entry.pair.n_new for entry in batch)
+        self._metrics("batch_fill_ratio", self._name).observe(n_tokens / engine.max_batch_tokens)
         try:
             logits = engine.score([entry.pair for entry in batch])
             if len(logits) != len(batch):
@@ -1461,8 +1549,11 @@ class Scheduler:
         except Exception as error:
             log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not isinstance(error, RequestError))
             failure = error if isinstance(error, RequestError) else EngineError("scoring failed; see the server's log")
+            self._metrics("failed_batches", self._name).inc()
             self._queue.fail(batch, failure, time.monotonic() - started)
             return
+        self._metrics("pairs", self._name).inc(len(batch))
+        self._metrics("tokens", self._name).inc(n_tokens)
         self._queue.finish(batch, logits, time.monotonic() - started)
 
 
@@ -1819,6 +1910,8 @@ class LlamaModel:
         parameters.use_extra_bufts = settings.tuning.repack
         overrides = _overrides(description.fixes)
         parameters.kv_overrides = overrides
+        progress = llama.llama_progress_callback(LoadProgress(description.name))
+        parameters.progress_callback = progress
         with _captured_native_log() as lines:
             self.model = llama.llama_model_load_from_file(os.fsencode(description.path), parameters)
             if not self.model:
@@ -1853,6 +1946,20 @@ class LlamaModel:
 
     def close(self) -> None:
         self._natives.close()
+
+
+class LoadProgress:
+    """Writes into the log, now and then, how far llama.cpp is with a file that takes long to load."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._next = name, time.monotonic() + PROGRESS_EVERY_S
+
+    def __call__(self, part: float, user_data: Any) -> bool:
+        """llama_progress_callback. False would end the loading."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + PROGRESS_EVERY_S
+            log.info("%s: loading, %.0f %%", self._name, 100 * part)
+        return True
 
 
 _Overrides = llama.llama_model_kv_override * 4
@@ -2400,6 +2507,7 @@ class Role:
         self._closed = False
         self.queue = Queue(settings.max_queue_tokens)
         self.cache = ScoreCache(settings.cache_mb * 1_000_000)
+        self.metrics = Metrics()  # Roles gives all of them one
 
     @property
     def loaded(self) -> bool:
@@ -2411,18 +2519,30 @@ class Role:
             if self._closed:
                 raise UnavailableError("the server is stopping")
             if self._scheduler is None or self._scheduler.has_failed:
-                self._scheduler = Scheduler(self.name, self.queue, self._load_file, self._idle_s)
+                self._last_used = time.monotonic()
+                self._scheduler = Scheduler(self.name, self.queue, self._load_file, self._idle_s, self.metrics)
             return self._scheduler.engine
 
     def _load_file(self) -> Engine:
         started = time.perf_counter()
+        log.info("%s: loading %s (%.0f MB)", self.name, self.description.name, self.description.file_bytes / 1e6)
         engine = self._load(self.description.path, self._settings)
         log.info("%s: %s loaded in %.1f s", self.name, self.description.name, time.perf_counter() - started)
         return engine
 
     def _idle_s(self, engine: Engine) -> float | None:
-        """See Scheduler."""
-        return math.inf
+        """See Scheduler. gemma is given up after --unload-idle-s, but never while a request uses it."""
+        unload_s = self._settings.unload_idle_s if self.name == "gemma" else 0
+        if not unload_s:
+            return math.inf
+        with self._lock:
+            left_s = unload_s if self._n_users else self._last_used + unload_s - time.monotonic()
+            if left_s > 0:
+                return left_s
+            engine.close()
+            self._scheduler = None  # the next request starts another
+        log.info("%s: %s freed after %d s without a request", self.name, self.description.name, unload_s)
+        return None
 
     @contextlib.contextmanager
     def engine(self, call: Call) -> Iterator[Engine]:
@@ -2457,12 +2577,14 @@ class Role:
         with self.engine(call) as engine:
             slices = self._tokenised(request, engine.pairs, indices, call, windows)
             logits = iter(self._logits(slices, group, call))
+        self.metrics("tokenise_seconds", self.name).observe(call.tokenise_s)
         results = []
         for index, own in zip(indices, windows, strict=True):
             logit = max(itertools.islice(logits, len(own)))  # of windows the best counts
             n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in own)
             truncated = any(pair.truncated for pair in own)
             results.append(Scored(index, logit, sigmoid(logit), self.description.name, n_tokens, truncated))
+        self.metrics("truncated_passages", self.name).inc(sum(result.truncated for result in results))
         return results
 
     @staticmethod
@@ -2499,6 +2621,9 @@ class Role:
         scored = call.result(self.queue.complete(group))
         call.n_pairs, call.queue_s = call.n_pairs + len(keys), call.queue_s + group.queue_s
         call.inference_s += group.inference_s
+        self.metrics("queue_seconds", self.name).observe(group.queue_s)
+        self.metrics("inference_seconds", self.name).observe(group.inference_s)
+        self.metrics("cache_hits", self.name).inc(len(known))
         self.cache.put(scored, hits=len(known))
         known |= scored
         return [known[key] for key in keys]
@@ -2517,6 +2642,10 @@ class Roles:
 
     def __init__(self, m3: Role, gemma: Role | None, is_fallback: bool) -> None:
         self.m3, self.gemma, self.is_fallback = m3, gemma, is_fallback
+        self.metrics = Metrics()
+        for role in self.all():
+            role.metrics = self.metrics
+            self.metrics.add_role(role)
 
     @staticmethod
     def find(settings: Settings) -> Roles:
@@ -2765,6 +2894,9 @@ _OBJECT = {"type": "object"}
 _PAGES = {  # what each answers, and the media type and schema of the answer
     "/health": ("alive, and which file serves which role", "application/json",
                 _object_schema(status=_STRING, version=_STRING, models=_OBJECT)),
+    "/ready": ("200 when requests are served, 503 while the model loads and when the server stops", "application/json",
+               _object_schema(status=_STRING)),
+    "/metrics": ("counters and histograms for Prometheus", "text/plain", _STRING),
     "/info": ("limits, as text-embeddings-inference gives them", "application/json",
               _object_schema(["model_id", "model_type", "max_input_length", "max_client_batch_size"], model_id=_STRING,
                              model_type=_object_schema(reranker=_OBJECT), max_input_length=_INTEGER,
@@ -2804,7 +2936,12 @@ def _operation(path: str, method: str) -> dict[str, Any]:
         body = {"application/json": {"schema": asked, "examples": examples}}
         operation["requestBody"] = {"required": True, "content": body}
     good = {"description": "OK", "content": {kind: {"schema": answer}}}
-    return {**operation, "responses": {"200": good, **(errors if path not in OPEN_ROUTES else {})}}
+    possible = {code: error for code, error in errors.items() if _may_answer(path, code)}
+    return {**operation, "responses": {"200": good, **possible}}
+
+
+def _may_answer(path: str, code: str) -> bool:
+    return path not in OPEN_ROUTES or (path == "/ready" and code == "503")
 
 
 def _reference(contract: Contract, kind: str) -> Schema:
@@ -2844,8 +2981,9 @@ def docs_page(routes: dict[str, dict[str, Any]]) -> str:
 @dataclass(frozen=True)
 class Response:
     status: int
-    body: Any  # JSON, or str for an HTML page
+    body: Any  # JSON, or str for a page
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    page_type: str = "text/html; charset=utf-8"
 
 
 Handler = Callable[[bytes, Call], Response]
@@ -2856,11 +2994,14 @@ class Application:
 
     def __init__(self, roles: Roles, settings: Settings) -> None:
         self._roles, self._settings = roles, settings
+        self.metrics = roles.metrics
+        self.is_stopping = False
         self.routes: dict[str, dict[str, Handler]] = {
             path: {"POST": functools.partial(self.rerank, path=path)}  # the list of routes is the contracts'
             for path in dict.fromkeys(route for contract in CONTRACTS for route in contract.routes)
         }
-        pages = {"/health": self.health, "/info": self.info, "/v1/models": self.models,
+        pages = {"/health": self.health, "/ready": self.ready, "/metrics": self.metrics_page,
+                 "/info": self.info, "/v1/models": self.models,
                  "/openapi.json": self.openapi, "/docs": self.docs}  # fmt: skip
         self.routes |= {path: {"GET": page} for path, page in pages.items()}
         if settings.debug:
@@ -2878,6 +3019,7 @@ class Application:
     def rank(self, request: RerankRequest, call: Call | None = None) -> Ranking:
         """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, and those come first."""
         call = call or Call()
+        call.request = request
         call.timeout_s = min(call.timeout_s, request.timeout_s, self._settings.max_timeout_s)
         role = self._roles.select(request, self._settings.strict_model)
         if role is not self._roles.m3 and request.llm_top_n is not None:
@@ -2902,6 +3044,17 @@ class Application:
         models: dict[str, Any] = {"m3": None, "gemma": None}
         models |= {role.name: self._model_state(role) for role in self._roles.all()}
         return Response(200, {"status": "ok", "version": __version__, "models": models})
+
+    def ready(self, raw: bytes, call: Call) -> Response:
+        """Whether a load balancer should send requests. Raises UnavailableError."""
+        if self.is_stopping:
+            raise UnavailableError("the server is stopping")
+        if not self._roles.m3.loaded:
+            raise UnavailableError("the model is still loading")
+        return Response(200, {"status": "ready"})
+
+    def metrics_page(self, raw: bytes, call: Call) -> Response:
+        return Response(200, self.metrics.text(), page_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     def _model_state(self, role: Role) -> dict[str, Any]:
         description = role.description
@@ -3058,7 +3211,7 @@ class RerankServer(socketserver.ThreadingTCPServer):
         self._accept_the_rest()
         self.server_close()
         with self._changed:
-            self.draining = True
+            self.draining = self.application.is_stopping = True
             for connection in self._idle:
                 _stop_reading(connection)
             done = self._changed.wait_for(lambda: self._open == 0, timeout_s)
@@ -3413,7 +3566,8 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._head, self._raw, self._is_last, self._is_unread = Head(), b"", True, True
         try:
             response = self._respond()
-        except ClientGoneError:
+        except ClientGoneError as error:
+            self._record(error.status)
             raise
         except RequestError as error:
             response = self._refuse(error)
@@ -3478,11 +3632,12 @@ class RerankHandler(socketserver.BaseRequestHandler):
 
     def _send(self, response: Response) -> None:
         self._is_last = self._is_last or self._is_unread or self.server.draining
+        response.headers.update({"X-Request-Id": self._request_id(), "Server-Timing": self._timing()})
         response.headers.update(self._cross_origin_headers(response))
         message = _message(response, self._is_last, has_payload=self._head.method != "HEAD")
+        self._record(response.status)
         self.connection.settimeout(SEND_TIMEOUT_S + len(message) / MIN_BODY_BYTES_PER_S)
         self.connection.sendall(message)
-        self._log(response)
 
     def _cross_origin_headers(self, response: Response) -> dict[str, str]:
         """What tells a browser that a page of an allowed origin may ask, and read the answer (Fetch standard, 3.3)."""
@@ -3500,9 +3655,37 @@ class RerankHandler(socketserver.BaseRequestHandler):
                 headers["Access-Control-Max-Age"] = str(PREFLIGHT_AGE_S)
         return headers
 
-    def _log(self, response: Response) -> None:
-        milliseconds = self._call.seconds * 1000
-        log.info("%s %s %d %.1f ms", self._head.method or "?", self._head.path[:200], response.status, milliseconds)
+    def _request_id(self) -> str:
+        """The client's, if it is printable and short."""
+        given = self._head.fields.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(given):
+            given = self._head.fields["x-request-id"] = uuid.uuid4().hex
+        return given
+
+    def _timing(self) -> str:
+        """Server-Timing (W3C), in milliseconds."""
+        return ", ".join(f"{name};dur={value:.1f}" for name, value in self._milliseconds().items())
+
+    def _milliseconds(self) -> dict[str, float]:
+        call = self._call
+        seconds = {"queue": call.queue_s, "tokenise": call.tokenise_s, "inference": call.inference_s,
+                   "total": call.seconds}  # fmt: skip
+        return {name: round(value * 1000, 1) for name, value in seconds.items()}
+
+    def _record(self, status: int) -> None:
+        """One line in the log, and the metrics."""
+        application, head, call = self.server.application, self._head, self._call
+        route = head.path if head.path in application.routes else "other"
+        application.metrics("requests", route, str(status)).inc()
+        application.metrics("request_seconds", route).observe(call.seconds)
+        fields: dict[str, Any] = {
+            "id": self._request_id(), "method": head.method or "?", "path": head.path[:200], "status": status,
+            "pairs": call.n_pairs, "tokens": call.n_tokens,
+            **{f"{name}_ms": value for name, value in self._milliseconds().items()},
+        }  # fmt: skip
+        if self.server.settings.log_texts and call.request is not None:
+            fields |= {"queries": call.request.queries, "passages": call.request.passages}
+        log.info("%s %s %d", fields["method"], fields["path"], status, extra={"fields": fields})
 
     def _linger(self) -> None:
         """Closing with unread data would destroy our answer."""
@@ -3511,6 +3694,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._reader.skip(LINGER_S)
 
 
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _TEI_KEY = re.compile(rb'"texts"[ \t\r\n]*:')
 
 
@@ -3525,7 +3709,7 @@ def _message(response: Response, is_last: bool, has_payload: bool = True) -> byt
     payload = b"" if response.status == http.HTTPStatus.NO_CONTENT else text.encode("utf-8", "replace")
     headers = {"Server": f"rerank-server/{__version__}", "Date": email.utils.formatdate(usegmt=True)}
     if payload:  # 204 takes no length: RFC 9110, 8.6
-        headers["Content-Type"] = "text/html; charset=utf-8" if is_page else "application/json"
+        headers["Content-Type"] = response.page_type if is_page else "application/json"
         headers["Content-Length"] = str(len(payload))
     headers |= response.headers | ({"Connection": "close"} if is_last else {})
     lines = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
@@ -3575,12 +3759,16 @@ def _better(name: str) -> str:
 
 def serve(settings: Settings) -> int:
     """Runs until SIGTERM or Ctrl-C. Returns the exit status."""
-    stop = threading.Event()
+    stop, loaded = threading.Event(), threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        stop.set()
+        loaded.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     _allow_files(settings.max_connections)
     roles = Roles.find(settings)
-    roles.m3.start().result()
     try:
         server = RerankServer(Application(roles, settings), settings)
     except OSError as error:
@@ -3588,8 +3776,13 @@ def serve(settings: Settings) -> int:
     host, port = server.server_address[0], server.server_address[1]
     scheme = "https" if settings.tls_context else "http"
     host = f"[{host!s}]" if ":" in str(host) else {"0.0.0.0": "127.0.0.1"}.get(str(host), str(host))
-    print(start_report(roles, settings, f"{scheme}://{host}:{port}"), flush=True)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="accept", daemon=True).start()
+    loading = roles.m3.start()  # those who ask meanwhile wait for it, and GET /ready says 503
+    loading.add_done_callback(lambda _: loaded.set())
+    loaded.wait()
+    if loading.done():
+        loading.result()
+        print(start_report(roles, settings, f"{scheme}://{host}:{port}"), flush=True)
     stop.wait()
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
     done = server.drain(settings.drain_s)
@@ -3669,12 +3862,35 @@ def resident_bytes() -> int:
         return 0
 
 
+class LogFormatter(logging.Formatter):
+    """A record, and the `fields` that it brings, in one line: text (name=value) or JSON."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._is_json = kind == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        if not self._is_json:
+            values = (json.dumps(value, ensure_ascii=False) if isinstance(value, tuple) else value
+                      for value in fields.values())  # fmt: skip
+            named = zip(fields, values, strict=True)
+            return " ".join([super().format(record), *(f"{k}={v}" for k, v in named if k not in _IN_MESSAGE)])
+        time_utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        text = record.getMessage() + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+        return json.dumps({"time": time_utc, "level": record.levelname.lower(), "message": text, **fields})
+
+
+_IN_MESSAGE = ("method", "path", "status")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped as asked, 1 a model cannot be served, 2 a setting is wrong."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     arguments = settings_parser().parse_args(argv)
     try:
         settings = read_settings(arguments, dict(os.environ))
+        logging.getLogger().handlers[0].setFormatter(LogFormatter(settings.log_format))
         return check(arguments.check, arguments.pairs, settings) if arguments.check else serve(settings)
     except (SettingsError, ModelError, EngineError, OSError) as error:
         print(f"rerank_server.py: {error}", file=sys.stderr)

@@ -1,0 +1,245 @@
+"""What an operator relies on: readiness, metrics, headers, the log, freeing an idle model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Gguf
+from prometheus_client.parser import text_string_to_metric_families
+from server_process import ServerProcess
+from test_http import FakeEngine, Running
+from test_load import WAIT_S, until
+
+import rerank_server as server
+
+
+class Operated(Running):
+    """gemma is there too, and both loads can be held."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.gemmas: list[FakeEngine] = []
+        super().__init__(with_gemma=True, **changes)
+        self.roles.m3._load = lambda *_: self._loaded(self.engine)
+
+    def _loaded(self, engine: FakeEngine) -> FakeEngine:
+        assert self.may_load.wait(WAIT_S)
+        return engine
+
+    def _load_gemma(self, path: Path, settings: server.Settings) -> FakeEngine:  # type: ignore[override]
+        self.gemmas.append(FakeEngine())
+        self.gemmas[-1].block = self.engine.block
+        return self._loaded(self.gemmas[-1])
+
+    def metrics(self) -> dict[str, float]:
+        """`name{label values, by the labels' names}` -> value."""
+        status, text = self.page("/metrics")
+        assert status == 200
+        return {
+            f"{sample.name}{{{','.join(value for _, value in sorted(sample.labels.items()))}}}": sample.value
+            for family in text_string_to_metric_families(text) for sample in family.samples
+        }  # fmt: skip
+
+    def page(self, path: str) -> tuple[int, str]:
+        answer = self.raw(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()).decode()
+        return int(answer.split()[1]), answer.partition("\r\n\r\n")[2]
+
+    def close(self) -> None:
+        self.may_load.set()
+        super().close()
+
+
+@pytest.fixture
+def operated() -> Iterator[Operated]:
+    fixture = Operated()
+    yield fixture
+    fixture.close()
+
+
+NATIVE: dict[str, Any] = {"query": "a secret query", "passages": ["a secret passage", "b", "b", "long " * 300]}
+
+
+def test_metrics_count_what_was_served(operated: Operated) -> None:
+    for _ in range(2):
+        assert operated.rerank(NATIVE)[0] == 200
+    assert operated.rerank({"query": "q"})[0] == 400
+    assert operated.request("GET", "/no/such/path")[0] == 404
+    found = operated.metrics()
+    assert found["rerank_requests_total{/rerank,200}"] == 2
+    assert found["rerank_requests_total{/rerank,400}"] == 1
+    assert found["rerank_requests_total{other,404}"] == 1, "a path of a client's own would be a series without end"
+    assert found["rerank_request_seconds_count{/rerank}"] == 3
+    assert found["rerank_pairs_total{m3}"] == 3, "equal pairs are scored once"
+    assert found["rerank_tokens_total{m3}"] == (1 + 3) + (1 + 1) + (1 + 300)
+    assert found["rerank_cache_hits_total{m3}"] == 3
+    assert found["rerank_truncated_passages_total{m3}"] == 2
+    assert found["rerank_queue_tokens{m3}"] == found["rerank_queue_requests{m3}"] == 0
+    for name in ("queue_seconds", "tokenise_seconds", "inference_seconds"):
+        assert found[f"rerank_{name}_count{{m3}}"] == 2, name
+    assert found["rerank_batch_fill_ratio_count{m3}"] == 2
+    assert found["rerank_model_loaded{m3}"] == 1
+    assert found["rerank_model_loaded{gemma}"] == 0
+    assert found["rerank_resident_bytes{}"] > 1e6
+    assert found["rerank_model_info{fake-m3.gguf,cross-encoder,F32,m3}"] == 1
+
+
+def test_metrics_show_what_waits_and_what_failed(operated: Operated) -> None:
+    operated.engine.block.clear()
+    operated.engine.fail = RuntimeError("no")
+    asking = threading.Thread(target=operated.rerank, args=({"query": "q", "passages": ["w " * 63, "w " * 62]},))
+    asking.start()
+    until(lambda: operated.roles.m3.queue.n_tokens == 63)
+    found = operated.metrics()
+    assert (found["rerank_queue_tokens{m3}"], found["rerank_queue_requests{m3}"]) == (63, 1)
+    operated.engine.block.set()
+    asking.join()
+    assert operated.metrics()["rerank_failed_batches_total{m3}"] == 1
+
+
+def test_the_readmes_table_names_every_metric(operated: Operated) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(rerank_\w+)` \|", readme, re.MULTILINE))
+    suffix = {"Counter": "_total", "Info": "_info"}
+    assert rows == {f"rerank_{metric.name}{suffix.get(metric.kind.__name__, '')}" for metric in server.METRICS}
+    assert set(re.findall(r"^# TYPE (\w+)(?<!_created) ", operated.page("/metrics")[1], re.MULTILINE)) == rows
+
+
+def test_each_answer_has_an_id_and_its_times(operated: Operated) -> None:
+    body = json.dumps(NATIVE).encode()
+    for method, path, raw in (("POST", "/rerank", body), ("POST", "/rerank", b"{"), ("GET", "/health", None),
+                              ("GET", "/nothing", None)):  # fmt: skip
+        _, _, headers = operated.request(method, path, raw, **{"X-Request-Id": "from-the-client"})
+        assert headers["X-Request-Id"] == "from-the-client"
+        times = dict(part.split(";dur=") for part in headers["Server-Timing"].split(", "))
+        assert list(times) == ["queue", "tokenise", "inference", "total"]
+        assert all(float(value) >= 0 for value in times.values())
+    made = {operated.request("GET", "/health")[2]["X-Request-Id"] for _ in range(3)}
+    assert len(made) == 3
+    assert b"X-Request-Id: " in operated.raw(b"no HTTP\r\n\r\n")
+
+
+@pytest.mark.parametrize("given", ["", "two words", "x" * 129, "caf\xe9", "tab\there"])
+def test_an_id_that_could_harm_a_log_is_replaced(operated: Operated, given: str) -> None:
+    _, _, headers = operated.request("GET", "/health", None, **{"X-Request-Id": given})
+    assert re.fullmatch("[0-9a-f]{32}", headers["X-Request-Id"])
+
+
+def formatted(records: list[logging.LogRecord], kind: str) -> list[str]:
+    formatter = server.LogFormatter(kind)
+    return [formatter.format(record) for record in records if hasattr(record, "fields")]
+
+
+@pytest.mark.parametrize("log_texts", [False, True])
+def test_one_line_for_each_request_with_its_texts_only_when_asked_for(
+    log_texts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    operated = Operated(log_texts=log_texts)
+    caplog.set_level(logging.DEBUG)
+    body = json.dumps(NATIVE).encode()
+    operated.request("POST", "/rerank", body, **{"X-Request-Id": "abc"})
+    operated.request("POST", "/rerank", body.replace(b"300", b"300") + b"x")
+    operated.close()
+    whole = "\n".join([*formatted(caplog.records, "json"), *(record.getMessage() for record in caplog.records)])
+    assert ("secret" in whole) == log_texts
+    first, second = map(json.loads, formatted(caplog.records, "json"))
+    assert {**first, "id": "abc", "status": 200, "pairs": 4, "path": "/rerank", "method": "POST"} == first
+    assert {"time", "level", "message", "tokens", "queue_ms", "tokenise_ms", "inference_ms", "total_ms"} <= first.keys()
+    assert (second["status"], second["pairs"]) == (400, 0)
+    line = formatted(caplog.records, "text")[0]
+    assert line.count("\n") == 0
+    assert re.search(r"POST /rerank 200 id=abc pairs=4 tokens=\d+ queue_ms=.* total_ms=", line)
+
+
+def test_not_ready_while_the_model_loads_and_alive_all_the_time(operated: Operated) -> None:
+    """Would break: a load balancer sends requests to a server that cannot answer them yet."""
+    operated.may_load.clear()
+    operated.roles.m3.start()
+    assert operated.request("GET", "/ready")[0] == 503
+    assert operated.request("GET", "/health")[0] == 200
+    status, answer, _ = operated.rerank({"query": "q", "passages": ["a"], "timeout": 0.3})
+    assert (status, answer["error_type"]) == (504, "deadline_exceeded"), "a load may take longer than a client waits"
+    operated.may_load.set()
+    assert operated.rerank({"query": "q", "passages": ["a"]})[0] == 200
+    assert operated.request("GET", "/ready")[:2] == (200, {"status": "ready"})
+
+
+def test_not_ready_while_stopping_and_open_without_a_key() -> None:
+    operated = Operated(api_key="sesame")
+    operated.roles.m3.start().result()
+    assert operated.request("GET", "/ready")[0] == 200
+    assert operated.request("GET", "/metrics")[0] == 401
+    operated.server.application.is_stopping = True
+    assert operated.request("GET", "/ready")[0] == 503
+    assert operated.request("GET", "/health")[0] == 200
+    operated.close()
+
+
+def gemma(operated: Operated, **fields: Any) -> int:
+    return operated.rerank({"query": "q", "passages": ["a"], "use_llm": True, **fields})[0]
+
+
+def test_an_idle_gemma_is_freed_and_loaded_again_on_demand() -> None:
+    operated = Operated(unload_idle_s=1, cache_mb=0)
+    assert gemma(operated) == operated.rerank(NATIVE)[0] == 200
+    until(lambda: operated.gemmas[0].closed)
+    assert operated.request("GET", "/health")[1]["models"]["gemma"]["loaded"] is False
+    assert operated.roles.m3.loaded, "m3 stays"
+    assert gemma(operated) == 200
+    assert [engine.closed for engine in operated.gemmas] == [1, 0]
+    operated.close()
+    assert [engine.closed for engine in operated.gemmas] == [1, 1]
+
+
+def test_a_gemma_in_use_is_not_freed() -> None:
+    operated = Operated(unload_idle_s=1, cache_mb=0)
+    assert gemma(operated) == 200
+    operated.engine.block.clear()
+    statuses: list[int] = []
+    asking = threading.Thread(target=lambda: statuses.append(gemma(operated)))
+    asking.start()
+    time.sleep(1.5)
+    assert operated.gemmas[0].closed == 0
+    operated.engine.block.set()
+    asking.join()
+    assert statuses == [200]
+    assert len(operated.gemmas) == 1
+    operated.close()
+
+
+def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(operated: Operated) -> None:
+    operated.engine.block.clear()
+    assert operated.rerank({"query": "q", "passages": ["a"], "timeout": 0.2})[0] == 504
+    assert operated.roles.m3.close(timeout_s=0.1) is False
+    assert operated.rerank({"query": "q", "passages": ["a"]})[0] == 503
+
+
+def test_a_load_that_takes_long_says_how_far_it_is(
+    gguf_of: Gguf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PROGRESS_EVERY_S", 0.0)
+    caplog.set_level(logging.INFO, "rerank")
+    server.load_engine(gguf_of("bi"), server.Settings(threads=1)).close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(re.fullmatch(r"tiny-bi-F32: loading, \d+ %", line) for line in lines), lines
+
+
+def test_a_process_frees_gemma_and_logs_json(gguf_of: Gguf) -> None:
+    files = ("--m3", gguf_of("bi"), "--gemma", gguf_of("gemma"), "--threads", "1")
+    process = ServerProcess(*files, "--unload-idle-s", "1", "--log-format", "json")
+    body: dict[str, Any] = {"query": "which?", "passages": ["this", "that one"], "use_llm": True}
+    first = process.rerank(**body)[1]
+    until(lambda: process.health()["models"]["gemma"]["loaded"] is False)
+    assert process.rerank(**{**body, "passages": ["that one", "this", "x"]})[1][:2] == pytest.approx(first[::-1])
+    assert process.stop() == 0
+    lines = [json.loads(line) for line in process.log.splitlines()]
+    assert any("freed after" in line["message"] for line in lines)
+    assert sum(line.get("path") == "/rerank" for line in lines) == 2
