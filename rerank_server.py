@@ -3408,14 +3408,15 @@ class RequestReader:
         return bytes(body)
 
     def _read_chunks(self, body: bytearray, limit: int) -> None:
-        """RFC 9112, 7.1. Extensions and trailers are checked and ignored."""
+        """RFC 9112, 7.1. Extensions and trailers are checked and ignored; a length or a host is no trailer."""
         while size := self._chunk_size():
             if len(body) + size > limit:
                 raise TooLargeError(f"the body has more than the {limit:,} bytes that are accepted")
             self._read_into(body, size)
             if self._line(MAX_CHUNK_LINE_BYTES):
                 raise HttpError("a chunk is longer than its size says")
-        _parse_fields(self._lines())
+        if not _parse_fields(self._lines()).keys().isdisjoint(_ONCE):
+            raise HttpError("a trailer must not say how long the request is, or whom it is for")
 
     def _chunk_size(self) -> int:
         if (parts := _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE_BYTES))) is None:

@@ -85,7 +85,9 @@ class Wire:
     def _until(self, end: bytes) -> bytes:
         while end not in self._received:
             received = self._socket.recv(65536)
-            assert received, f"closed in the middle of an answer: {self._received!r}"
+            assert received or not self._received, f"closed in the middle of an answer: {self._received!r}"
+            if not received:
+                raise EOFError("closed")
             self._received += received
         found, _, self._received = self._received.partition(end)
         return found
@@ -232,6 +234,9 @@ REFUSED = {
     "NUL in an extension": (chunked(end=b"1;\0\r\na\r\n0\r\n\r\n"), 400, "size"),
     "a trailer that is none": (chunked(BODY, end=b"0\r\nX\r\n\r\n"), 400, "header line"),
     "a folded trailer": (chunked(BODY, end=b"0\r\nX: a\r\n b\r\n\r\n"), 400, "header line"),
+    "a length as a trailer": (chunked(BODY, end=b"0\r\nContent-Length: 33\r\n\r\n"), 400, "a trailer must not"),
+    "a coding as a trailer": (chunked(BODY, end=b"0\r\nTransfer-Encoding: x\r\n\r\n"), 400, "a trailer must not"),
+    "a host as a trailer": (chunked(BODY, end=b"0\r\nHost: b\r\n\r\n"), 400, "a trailer must not"),
     "a large trailer": (chunked(BODY, end=b"0\r\nX: " + b"a" * 40_000 + b"\r\n\r\n"), 431, "longer"),
     "many trailers": (chunked(BODY, end=b"0\r\n" + b"X: a\r\n" * 101 + b"\r\n"), 431, "100 header lines"),
     "a body over the limit": (post(b"Content-Length: 1000001"), 413, "1,000,000"),
@@ -307,7 +312,7 @@ ACCEPTED = {
     "single bytes": chunked(*(BODY[i : i + 1] for i in range(len(BODY)))),
     "upper-case sizes and zeros": post(b"Transfer-Encoding: Chunked", body=b"00021\r\n" + BODY + b"\r\n000\r\n\r\n"),
     "extensions": post(b"Transfer-Encoding: chunked", body=b'21 ; a=b;c="d e"\r\n' + BODY + b"\r\n0;x\r\n\r\n"),
-    "trailers": chunked(BODY, end=b"0\r\nX-Checksum: 1\r\nContent-Length: 9999\r\nHost: b\r\n\r\n"),
+    "trailers": chunked(BODY, end=b"0\r\nX-Checksum: 1\r\nExpires: 2\r\n\r\n"),
     "an absolute target": GOOD.replace(b"/rerank", b"http://example.com:80/rerank?x=/y"),
     "https in an absolute target": GOOD.replace(b"/rerank", b"HTTPS://[::1]/rerank"),
     "a query": GOOD.replace(b"/rerank", b"/rerank?a=b&c"),
