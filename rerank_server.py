@@ -142,6 +142,7 @@ class Settings:
     m3: Path | None = _setting(None, "GGUF file for the m3 role; default: found in --models")
     gemma: Path | None = _setting(None, "GGUF file for the gemma role; default: found in --models")
     models: Path = _setting(Path(__file__).resolve().parent / "models", "folder in which GGUF files are looked for")
+    calibration: Path | None = _setting(None, "JSON file of bench.calibrate: scores are probabilities on judged data")
     max_length: int = _setting(
         1024, "longest pair in tokens; longer ones are truncated as the reference does",
         MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS,
@@ -192,7 +193,7 @@ class Settings:
             raise SettingsError(f"--max-bodies-mb must have room for one body of --max-body-mb ({self.max_body_mb})")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key go together")
-        for name in ("m3", "gemma", "api_key_file", "tls_cert", "tls_key"):
+        for name in ("m3", "gemma", "calibration", "api_key_file", "tls_cert", "tls_key"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise SettingsError(f"{flag_of(name)}: there is no file {path}")
@@ -2333,19 +2334,19 @@ class EmbeddingEngine(LlamaEngine):
         """See Engine.score."""
         known = self._query_vectors
         missing = [ids for ids in dict.fromkeys(pair.query_ids for pair in pairs) if ids not in known]
-        known.update(zip(missing, self._embed(missing), strict=True))
-        passages = self._embed([pair.ids for pair in pairs])
-        scale, bias = self.description.cosine_scale, self.description.cosine_bias
-        logits = [
-            scale * float(known[pair.query_ids] @ vector) + bias
-            for pair, vector in zip(pairs, passages, strict=True)
-        ]  # fmt: skip
+        known.update(zip(missing, self.embed(missing), strict=True))
+        passages = self.embed([pair.ids for pair in pairs])
+        logits = [self.logit(known[pair.query_ids], vector) for pair, vector in zip(pairs, passages, strict=True)]
         while len(known) > QUERY_VECTORS_KEPT:
             known.popitem(last=False)
         return logits
 
-    def _embed(self, texts: Sequence[tuple[int, ...]]) -> list[FloatArray]:
-        """Unit vectors, one for each sequence of ids."""
+    def logit(self, query: FloatArray, passage: FloatArray) -> float:
+        """Of two unit vectors."""
+        return self.description.cosine_scale * float(query @ passage) + self.description.cosine_bias
+
+    def embed(self, texts: Sequence[tuple[int, ...]]) -> list[FloatArray]:
+        """Unit vectors, one for each sequence of ids. Only in the thread that owns the engine."""
         return self._in_batches(texts, len, self._embed_batch)
 
     def _embed_batch(self, texts: list[tuple[int, ...]]) -> list[FloatArray]:
@@ -2418,6 +2419,48 @@ def sigmoid(logit: float) -> float:
     if logit >= 0:
         return 1.0 / (1.0 + math.exp(-logit))
     return (exponential := math.exp(logit)) / (1.0 + exponential)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """score = sigmoid(scale * logit + bias). As it is without a file: the plain sigmoid. The order of scores stays."""
+
+    scale: float = 1.0
+    bias: float = 0.0
+
+    def score(self, logit: float) -> float:
+        """Raises EngineError for NaN and infinities."""
+        return sigmoid(self.scale * logit + self.bias)
+
+
+def read_calibrations(path: Path, models: Sequence[ModelDescription]) -> dict[str, Calibration]:
+    """From a file that bench.calibrate wrote: model's name -> its map, for those of `models` that it was fitted for.
+
+    Raises SettingsError: not such a file, fitted for none of the models, or for another file of the same name.
+    """
+    try:
+        entries = {entry["file"]: entry for entry in json.loads(path.read_bytes())["calibrations"]}
+        found = {model.name: _calibration_of(entries[model.path.name], model) for model in models
+                 if model.path.name in entries}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise SettingsError(f"--calibration {path}: not a file of `python -m bench.calibrate` ({error})") from None
+    if not found:
+        served = ", ".join(model.path.name for model in models)
+        raise SettingsError(f"--calibration {path} was fitted for {', '.join(entries) or 'nothing'}, not for {served}")
+    return found
+
+
+def _calibration_of(entry: dict[str, Any], model: ModelDescription) -> Calibration:
+    for name in ("kind", "quantization", "file_bytes"):
+        if entry[name] != getattr(model, name):
+            raise SettingsError(
+                f"--calibration was fitted for another {model.path.name} (its {name} was {entry[name]!r}, that of this "
+                f"file is {getattr(model, name)!r}): run `python -m bench.calibrate` with this one"
+            )
+    scale, bias = float(entry["scale"]), float(entry["bias"])
+    if not (math.isfinite(scale) and math.isfinite(bias) and scale > 0):
+        raise ValueError(f"scale {scale} and bias {bias} make no rising curve")
+    return Calibration(scale, bias)
 
 
 @dataclass(frozen=True)
@@ -2497,9 +2540,10 @@ class Role:
 
     def __init__(
         self, name: str, description: ModelDescription, settings: Settings,
-        load: Callable[[Path, Settings], Engine] = load_engine,
+        load: Callable[[Path, Settings], Engine] = load_engine, calibration: Calibration | None = None,
     ) -> None:  # fmt: skip
         self.name, self.description, self._settings, self._load = name, description, settings, load
+        self.calibration = calibration or Calibration()
         self._lock = threading.Lock()  # guards _scheduler, _n_users, _last_used and _closed
         self._scheduler: Scheduler | None = None
         self._n_users = 0
@@ -2583,7 +2627,8 @@ class Role:
             logit = max(itertools.islice(logits, len(own)))  # of windows the best counts
             n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in own)
             truncated = any(pair.truncated for pair in own)
-            results.append(Scored(index, logit, sigmoid(logit), self.description.name, n_tokens, truncated))
+            score = self.calibration.score(logit)
+            results.append(Scored(index, logit, score, self.description.name, n_tokens, truncated))
         self.metrics("truncated_passages", self.name).inc(sum(result.truncated for result in results))
         return results
 
@@ -2650,19 +2695,21 @@ class Roles:
     @staticmethod
     def find(settings: Settings) -> Roles:
         """Takes the files named by flags, else those in the models folder. Raises ModelError when none serves m3."""
-        found = {} if settings.m3 and settings.gemma else _files_by_kind(settings.models)
-        m3 = _describe_for(settings.m3, CROSS_ENCODER, BI_ENCODER) or _newest(found, CROSS_ENCODER)
-        mini = None if m3 else _newest(found, BI_ENCODER)
-        gemma = _describe_for(settings.gemma, YES_LOGIT) or _newest(found, YES_LOGIT)
+        found = {} if settings.m3 and settings.gemma else files_by_kind(settings.models)
+        m3 = _describe_for(settings.m3, CROSS_ENCODER, BI_ENCODER) or newest(found, CROSS_ENCODER)
+        mini = None if m3 else newest(found, BI_ENCODER)
+        gemma = _describe_for(settings.gemma, YES_LOGIT) or newest(found, YES_LOGIT)
         first = m3 or mini
         if first is None:
             raise ModelError(
                 f"no model in {settings.models}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
                 "`make mini` for the small one that needs no Hub"
             )
+        models = [first, *([gemma] if gemma else [])]
+        maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
         return Roles(
-            Role("m3", first, settings),
-            Role("gemma", gemma, settings) if gemma else None,
+            Role("m3", first, settings, calibration=maps.get(first.name)),
+            Role("gemma", gemma, settings, calibration=maps.get(gemma.name)) if gemma else None,
             is_fallback=first.kind == BI_ENCODER,
         )
 
@@ -2700,7 +2747,7 @@ def _describe_for(path: Path | None, *kinds: str) -> ModelDescription | None:
     return description
 
 
-def _files_by_kind(folder: Path) -> dict[str, list[ModelDescription]]:
+def files_by_kind(folder: Path) -> dict[str, list[ModelDescription]]:
     """Every servable GGUF file in the folder, newest first; one that is not is named in the log and left alone."""
     found: dict[str, list[ModelDescription]] = {}
     files = [path for path in folder.glob("*.gguf") if path.is_file()]
@@ -2714,7 +2761,7 @@ def _files_by_kind(folder: Path) -> dict[str, list[ModelDescription]]:
     return found
 
 
-def _newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescription | None:
+def newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescription | None:
     """The file that was made last; for cross-encoders a real m3 goes before any other."""
     candidates = sorted(found.get(kind, []), key=lambda description: "reranker-v2-" not in description.name)
     return candidates[0] if candidates else None
@@ -3105,7 +3152,7 @@ class Application:
             pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
         return Response(200, {
             "model": role.description.name, **sequences, **pieces, "passage_start": pair.passage_start,
-            "n_dropped": pair.n_dropped, "logit": logit, "score": sigmoid(logit),
+            "n_dropped": pair.n_dropped, "logit": logit, "score": role.calibration.score(logit),
         })  # fmt: skip
 
 
@@ -3751,6 +3798,8 @@ def _role_lines(title: str, role: Role, settings: Settings) -> list[str]:
         f"    {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB, "
         f"at most {model.max_length(settings):,} tokens",
     ]
+    if role.calibration != Calibration():
+        lines.append(f"    calibrated: sigmoid({role.calibration.scale:.4g} x logit {role.calibration.bias:+.4g})")
     return lines + [f"    set right while loading: {key} = {_FIXED_VALUES[key]}" for key in model.fixes]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+
+from bench import beir
 
 SEED = 20260101
 # BEIR's paragraph collections have a median near 70 words and a long tail: log-normal, cut at both ends.
@@ -63,27 +62,16 @@ def make_passage(generator: random.Random, n_words: int) -> str:
 
 def beir_lists(directory: Path) -> Iterator[tuple[str, list[str]]]:
     """(query, its BM25 candidates in order) in a fixed random order of queries; starts again at the end."""
-    corpus = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in _jsonl(directory, "corpus")}
-    queries = {row["_id"]: row["text"] for row in _jsonl(directory, "queries")}
-    run: dict[str, list[str]] = {}
-    with _open(next(iter(sorted(directory.glob("bm25*.tsv*"))), directory / "bm25.tsv")) as lines:
-        for line in lines:
-            query, document = line.split("\t")[:2]
-            run.setdefault(query, []).append(document)
+    try:
+        corpus, queries = beir.read_texts_by_id(directory, "corpus"), beir.read_texts_by_id(directory, "queries")
+        found = beir.find_run(directory)
+        run = beir.read_run(found) if found else {}
+    except beir.DataError as error:
+        raise SystemExit(f"bench: --data {error}") from None
+    if not run:
+        raise SystemExit(f"bench: --data {directory}: there is no bm25*.tsv with candidates")
     order = [query for query in run if query in queries]
     random.Random(SEED).shuffle(order)
     for query in itertools.cycle(order):
         yield queries[query], [corpus[document] for document in run[query] if document in corpus]
 
-
-def _jsonl(directory: Path, name: str) -> Iterator[dict[str, Any]]:
-    path = directory / f"{name}.jsonl"
-    with _open(path if path.is_file() else path.with_name(f"{path.name}.gz")) as lines:
-        for line in lines:
-            yield json.loads(line)
-
-
-def _open(path: Path) -> TextIO:
-    if not path.is_file():
-        raise SystemExit(f"bench: --data {path.parent}: there is no {path.name}")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")

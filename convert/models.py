@@ -84,8 +84,8 @@ NAMED = {
     ),
 }  # fmt: skip
 
-# The bi-encoder's score is sigmoid(scale * cosine + bias). Fitted by `python -m bench.fit_cosine` (its docstring says
-# how) on 5,525 pairs of questions and BM25 candidates from nine sets: SquadShifts (new wiki, reddit, amazon), BoolQ,
+# The bi-encoder's score is sigmoid(scale * cosine + bias). Fitted as `python -m bench.calibrate --balanced` does it, on
+# 5,525 pairs of questions and BM25 candidates from nine sets: SquadShifts (new wiki, reddit, amazon), BoolQ,
 # QED (Natural Questions), SelQA, HotpotQA, PolicyQA, MedQuAD. 80.5 % of the pairs are on the right side of 0.5; the
 # mean cosine of relevant ones is 0.533, of the others 0.182.
 MINI_COSINE_SCALE = 8.078
