@@ -16,7 +16,7 @@ LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|F
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
-.PHONY: help install run mini convert verify test lint bench quality clean lock clients
+.PHONY: help install run mini convert verify test lint bench quality soak clean lock clients
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench: $(VENV)/.installed-dev mini ## measure the served model: pairs and tokens
 
 quality: $(VENV)/.installed-dev mini ## measure ranking quality on judged data: DATA=DIR [ARGS="FILE.gguf m3 http://..."]
 	$(BIN)/python -m bench.quality --data $(or $(DATA),tests/data/quality) $(ARGS)
+
+soak: $(VENV)/.installed-dev ## load and faults for a while: 64 clients (ARGS="--minutes 10")
+	$(BIN)/python tests/soak.py $(ARGS)
 
 clean: ## remove .venv and what was built; models and the compiled wheel stay
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -20,10 +20,11 @@ STOP_TIMEOUT_S = 40
 class ServerProcess:
     """`python rerank_server.py --port 0 ARGUMENTS`, waited for until it listens. `report` is what it printed."""
 
-    def __init__(self, *arguments: str | Path, **environment: str) -> None:
+    def __init__(self, *arguments: str | Path, stderr: Any = subprocess.PIPE, **environment: str) -> None:
+        """stderr: where a log goes that is too long for a pipe that nobody reads."""
         command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", "0", *map(str, arguments)]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **environment}
         )
         assert self._process.stdout is not None
         lines: list[str] = []
@@ -34,7 +35,7 @@ class ServerProcess:
         self.report = "".join(lines)
         found = re.search(r"listening on (\S+)", self.report)
         assert found, f"{self.report}\n{self._process.communicate(timeout=10)}"
-        self.url = found.group(1)
+        self.url, self.pid = found.group(1), self._process.pid
 
     def rerank(self, path: str = "/rerank", **body: Any) -> tuple[int, Any, dict[str, str]]:
         request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode())
