@@ -1,0 +1,123 @@
+"""python -m bench.fairness FILE.gguf: how long a short request takes alone, and while a long one is being scored.
+
+The short one has --passages passages, the long one --long of the same length; new texts each time. The client of the
+long one hangs up when enough was measured. Writes bench/results/fairness-NAME.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import select
+import socket
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.engines import ROOT, Running, Setup, engines_of
+from bench.machine import describe_machine
+from bench.scaling import make_request, token_counter
+from bench.texts import SEED
+
+RESULTS = ROOT / "bench" / "results"
+COLUMNS = {
+    "tokens": ("tokens of a pair", "{:,}"),
+    "alone_ms": ("alone ms", "{:,.0f}"),
+    "beside_ms": ("beside it ms", "{:,.0f}"),
+    "beside_ms_max": ("the slowest", "{:,.0f}"),
+    "ratio": ("times", "{:.1f}"),
+}
+
+
+class OverError(Exception):
+    """The long request was answered before enough was measured."""
+
+
+@contextlib.contextmanager
+def long_request(running: Running, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A request whose answer nobody waits for: its client hangs up when the `with` ends."""
+    host, port = running.url.removeprefix("http://").split(":")
+    payload = json.dumps(body).encode()
+    head = f"POST /rerank HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(payload)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + payload)
+        yield connection
+
+
+class Measurement:
+    def __init__(self, file: Path, n_short: int, n_long: int, n_runs: int) -> None:
+        self._short, self._long, self._n_runs = n_short, n_long, n_runs
+        self._count, role = token_counter(file, 1024)
+        self._setup = Setup(role, {"": file}, None, Path(sys.executable), ("--max-length", "1024"))
+        (self._engine,) = engines_of(role, [""], [])
+        self._generator = random.Random(SEED)
+
+    def rows(self, words: Sequence[int]) -> list[dict[str, Any]]:
+        running = Running(self._engine, self._setup)
+        try:
+            return [self._row(running, n_words) for n_words in words]
+        finally:
+            running.close()
+
+    def _row(self, running: Running, words: int) -> dict[str, Any]:
+        self._ask(running, words)
+        alone = [self._ask(running, words) for _ in range(self._n_runs)]
+        request = make_request(self._generator, words, self._long)
+        body = self._engine.body(request.query, list(request.passages))
+        beside: list[float] = []
+        with long_request(running, body) as connection:
+            select.select([connection], [], [], statistics.median(alone))  # until it is being scored
+            while len(beside) < self._n_runs:
+                beside.append(self._ask(running, words))
+                if select.select([connection], [], [], 0)[0]:
+                    raise OverError(f"{self._long} passages of {words} words were scored after {len(beside)} runs")
+        alone_ms, beside_ms = 1000 * statistics.median(alone), 1000 * statistics.median(beside)
+        return {
+            "words": words, "tokens": round(self._count(request) / self._long), "alone_ms": alone_ms,
+            "beside_ms": beside_ms, "beside_ms_max": 1000 * max(beside), "ratio": beside_ms / alone_ms,
+        }  # fmt: skip
+
+    def _ask(self, running: Running, words: int) -> float:
+        request = make_request(self._generator, words, self._short)
+        return running.rerank(request.query, request.passages)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fairness", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("file", type=Path, help="GGUF file")
+    parser.add_argument("--passages", type=int, default=5, help="of the short request (default 5)")
+    parser.add_argument("--long", type=int, default=1000, help="passages of the long request (default 1000)")
+    parser.add_argument("--words", type=int, nargs="+", default=[10, 70, 200], help="of a passage (default 10 70 200)")
+    parser.add_argument("--runs", type=int, default=9, help="of the short request, both ways (default 9)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    arguments = parser.parse_args(argv)
+    machine = describe_machine(Path(sys.executable), "bench.fairness")
+    try:
+        rows = Measurement(arguments.file, arguments.passages, arguments.long, arguments.runs).rows(arguments.words)
+    except OverError as error:
+        raise SystemExit(f"bench.fairness: {error}: give it a larger --long") from None
+    print("\n".join(write(arguments, machine, rows)))
+    return 0
+
+
+def write(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"# {arguments.passages} passages beside {arguments.long:,} with {arguments.file.name}", "",
+        f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}, {machine['cpu']}; medians of "
+        f"{arguments.runs}", "", *report.table(rows, COLUMNS),
+    ]  # fmt: skip
+    base = arguments.out / f"fairness-{arguments.file.stem}"
+    base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {"file": arguments.file.name, "machine": machine, "rows": rows}
+    base.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
