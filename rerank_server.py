@@ -385,8 +385,8 @@ def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str
 #     LengthError       411
 #     TooLargeError     413
 #     HttpError         400     what arrived is not HTTP/1.1, or leaves a doubt; the connection closes after it
-#       RequestTimeoutError 408, TargetTooLongError 414, ExpectationError 417, HeadersTooLargeError 431,
-#       TransferCodingError 501, VersionError 505
+#       RequestTimeoutError 408, TargetTooLongError 414, ContentCodingError 415, ExpectationError 417,
+#       HeadersTooLargeError 431, TransferCodingError 501, VersionError 505
 #     OverloadedError   429     the queue is full
 #     ClientGoneError   499     nobody waits for the answer; it is never sent
 #     EngineError       500     scoring failed: an exception, or a logit that is not a number
@@ -459,6 +459,14 @@ class RequestTimeoutError(HttpError):
 
 class TargetTooLongError(HttpError):
     status = 414
+
+
+class ContentCodingError(HttpError):
+    status = 415
+
+    def __init__(self, coding: str) -> None:
+        message = f"bodies are read as they are, not with Content-Encoding {coding[:40]!r}: send the JSON itself"
+        super().__init__(message, headers={"Accept-Encoding": "identity"})  # RFC 9110, 15.5.16
 
 
 class ExpectationError(HttpError):
@@ -2959,7 +2967,7 @@ _PAGES = {  # what each answers, and the media type and schema of the answer
 _PAIR_SCHEMA = _object_schema(["query", "passage"], query=_STRING, passage=_STRING, use_llm={"type": "boolean"})
 _STATUSES = {400: "a field is wrong; the message names it", 401: "the key is missing or wrong", 404: "no such model",
              408: "it took too long to arrive", 411: "no Content-Length", 413: "the body is too large",
-             414: "the request line is too long", 417: "an unknown expectation",
+             414: "the request line is too long", 415: "the body is compressed", 417: "an unknown expectation",
              429: "as many tokens wait as may: see Retry-After", 431: "the header is too large",
              500: "a pair could not be scored", 501: "an unknown transfer coding",
              503: "no model for this role, no room, or the server is stopping", 504: "the request's time is over",
@@ -3674,6 +3682,8 @@ class RerankHandler(socketserver.BaseRequestHandler):
     def _read_body(self, head: Head) -> bytes:
         if head.method == "POST" and head.length is None and not head.is_chunked:
             raise LengthError("the request needs a Content-Length header, or a chunked body")
+        if (coding := head.fields.get("content-encoding", "identity").lower()) not in ("identity", ""):
+            raise ContentCodingError(coding)
         body = self._reader.read_body(head, self.server.settings.max_body_mb * 1_000_000)
         self._is_unread = False
         return body

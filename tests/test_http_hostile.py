@@ -191,6 +191,8 @@ REFUSED = {
     "large headers": (b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X: %s\r\n" % (b"a" * 1000) * 50, 431, "longer"),
     "many headers": (b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 101, 431, "100 header lines"),
     "another expectation": (post(b"Expect: 200-ok", b"Content-Length: 33", body=BODY), 417, "100-continue"),
+    "a compressed body": (post(b"Content-Encoding: gzip", b"Content-Length: 33", body=BODY), 415, "'gzip'"),
+    "a body compressed twice": (post(b"Content-Encoding: br, gzip", CHUNKED, body=b"0\r\n\r\n"), 415, "'br, gzip'"),
     # framing
     "two lengths": (post(b"Content-Length: 33", b"Content-Length: 3", body=BODY), 400, "twice"),
     "two equal lengths": (post(b"Content-Length: 33", b"Content-Length: 33", body=BODY), 400, "twice"),
@@ -321,6 +323,7 @@ ACCEPTED = {
     "names in any case, any spaces": GOOD.replace(b"Content-Length: ", b"cOnTeNt-LeNgTh:\t "),
     "a value in Latin-1": GOOD.replace(b"Host: a", b"Host: a\r\nX: \xe9"),
     "an empty value": GOOD.replace(b"Host: a", b"Host: a\r\nX:"),
+    "a body that is not compressed": GOOD.replace(b"Host: a", b"Host: a\r\nContent-Encoding: Identity"),
     "repeated headers": GOOD.replace(b"Host: a", b"Host: a\r\nAccept: a\r\nAccept: b"),
     "a length with zeros": GOOD.replace(b"Content-Length: 33", b"Content-Length: 000033"),
     "HTTP/1.9": GOOD.replace(b"HTTP/1.1", b"HTTP/1.9"),
