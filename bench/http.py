@@ -1,12 +1,14 @@
 """python -m bench.http: what the HTTP side alone costs, with an engine that computes nothing.
 
 The server runs in a process of its own; keep-alive clients in this one send a small request again and again over plain
-sockets, so that little of the time is theirs. Prints requests/s and the latencies, and writes bench/results/http.json.
+sockets, so that little of the time is theirs. Then the same beside --slow connections, each of which sends a header, a
+byte each second. Prints requests/s and the latencies, and writes bench/results/http.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import socket
@@ -14,7 +16,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -112,8 +114,40 @@ def measure(port: int, n_clients: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def run(clients: Sequence[int], seconds: float, n_runs: int) -> list[dict[str, Any]]:
-    """For each number of clients, the run with the median rate."""
+@contextlib.contextmanager
+def slow_connections(port: int, n: int) -> Iterator[None]:
+    """n connections whose requests do not come to an end. One that the server gives up is opened again."""
+    done = threading.Event()
+    connections = [_begun(port) for _ in range(n)]
+
+    def drip() -> None:
+        while not done.wait(1):
+            for index, connection in enumerate(connections):
+                try:
+                    connection.sendall(b"a")
+                except OSError:
+                    connection.close()
+                    connections[index] = _begun(port)
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    try:
+        yield
+    finally:
+        done.set()
+        dripping.join()
+        for connection in connections:
+            connection.close()
+
+
+def _begun(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(b"POST /rerank HTTP/1.1\r\nX: ")
+    return connection
+
+
+def run(clients: Sequence[int], seconds: float, n_runs: int, n_slow: int) -> list[dict[str, Any]]:
+    """For each number of clients, the run with the median rate; without slow connections, and beside them."""
     context = multiprocessing.get_context("spawn")
     port_in, port_out = context.Pipe(duplex=False)
     process = context.Process(target=serve, args=(port_out,), daemon=True)
@@ -121,8 +155,14 @@ def run(clients: Sequence[int], seconds: float, n_runs: int) -> list[dict[str, A
     try:
         port = port_in.recv()
         measure(port, 1, seconds / 4)
-        measured = {count: [measure(port, count, seconds) for _ in range(n_runs)] for count in clients}
-        return [sorted(runs, key=lambda run: run["requests_per_second"])[n_runs // 2] for runs in measured.values()]
+        rows = []
+        for slow in dict.fromkeys((0, n_slow)):
+            with slow_connections(port, slow):
+                for count in clients:
+                    runs = [measure(port, count, seconds) for _ in range(n_runs)]
+                    median = sorted(runs, key=lambda run: run["requests_per_second"])[n_runs // 2]
+                    rows.append({"slow_connections": slow, **median})
+        return rows
     finally:
         process.terminate()
         process.join()
@@ -133,15 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 16], help="keep-alive connections at once")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default 3)")
     parser.add_argument("--runs", type=int, default=3, help="measurements of each; the median is shown (default 3)")
+    parser.add_argument("--slow", type=int, default=300, help="slow connections of the second round (default 300)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
-    rows = run(arguments.clients, arguments.seconds, arguments.runs)
+    rows = run(arguments.clients, arguments.seconds, arguments.runs, arguments.slow)
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = {"machine": describe_machine(Path(sys.executable), "bench.http"), "rows": rows}
     (arguments.out / "http.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print("| clients | requests/s | p50 ms | p95 ms |\n|---|---|---|---|")
+    print("| slow connections | clients | requests/s | p50 ms | p95 ms |\n|---|---|---|---|---|")
     for row in rows:
-        print("| {clients} | {requests_per_second:,.0f} | {p50_ms:.2f} | {p95_ms:.2f} |".format(**row))
+        line = "| {slow_connections} | {clients} | {requests_per_second:,.0f} | {p50_ms:.2f} | {p95_ms:.2f} |"
+        print(line.format(**row))
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as bench
-from bench import checkpoints, http, memory, profile, report, scaling, settings
+from bench import checkpoints, fairness, http, memory, profile, report, scaling, settings
 from bench.engines import Engine, MissingError, Setup
 from bench.texts import Request, made_lists, read_texts
 
@@ -126,9 +126,10 @@ def test_scaling_measures_each_axis_alone(m3_results: Path, tmp_path: Path) -> N
 
 
 def test_the_http_side_is_measured_with_an_engine_that_computes_nothing(tmp_path: Path) -> None:
-    assert http.main(["--clients", "1", "2", "--seconds", "0.2", "--runs", "1", "--out", str(tmp_path)]) == 0
+    arguments = ["--clients", "1", "2", "--seconds", "0.2", "--runs", "1", "--slow", "9", "--out", str(tmp_path)]
+    assert http.main(arguments) == 0
     rows = json.loads((tmp_path / "http.json").read_text())["rows"]
-    assert [row["clients"] for row in rows] == [1, 2]
+    assert [(row["slow_connections"], row["clients"]) for row in rows] == [(0, 1), (0, 2), (9, 1), (9, 2)]
     assert all(row["requests_per_second"] > 0 and 0 < row["p50_ms"] <= row["p95_ms"] for row in rows)
 
 
@@ -220,3 +221,16 @@ def test_memory_is_noted_at_every_stage(tiny: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / f"memory-{tiny.stem}.json").read_text())["rows"]
     assert len(rows) == 6
     assert all(row["resident_mb"] > 0 for row in rows)
+
+
+def test_a_short_request_is_measured_alone_and_beside_a_long_one(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--words", "3", "9", "--passages", "2", "--runs", "2", "--out", str(tmp_path)]
+    assert fairness.main([str(tiny), "--long", "2000", *arguments]) == 0
+    rows = json.loads((tmp_path / f"fairness-{tiny.stem}.json").read_text())["rows"]
+    assert [row["words"] for row in rows] == [3, 9]
+    assert all(row["alone_ms"] > 0 and 0 < row["beside_ms"] <= row["beside_ms_max"] for row in rows)
+
+
+def test_a_long_request_that_is_done_too_soon_is_no_measurement(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="a larger --long"):
+        fairness.main([str(tiny), "--long", "1", "--words", "3", "--out", str(tmp_path)])
