@@ -104,6 +104,7 @@ RECEIVE_BYTES = 1 << 16
 BYTES_PER_TOKEN = 3  # of text, to know roughly what a request asks for before it is tokenised; English has about 4
 SLICE_PASSAGES = 128  # tokenised at once: the first decode starts while the rest of a long list is still text
 HANG_UP_POLL_S = 0.25
+CUT_OFF_S = 1.0  # after --drain-s: for those who are told that their request will not be done
 HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for any more
 MAX_RETRY_AFTER_S = 600
 MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time that grows with the square of its digits
@@ -1182,6 +1183,7 @@ class Call:
     measured of it. Its own thread alone uses it."""
 
     is_gone: Callable[[], bool] = lambda: False
+    is_cut_off: Callable[[], bool] = lambda: False  # the server stops and waits no longer
     timeout_s: float = math.inf
     started: float = dataclasses.field(default_factory=time.monotonic)
     request: RerankRequest | None = None
@@ -1196,14 +1198,16 @@ class Call:
         return time.monotonic() - self.started
 
     def check(self) -> None:
-        """Raises DeadlineError and ClientGoneError."""
+        """Raises DeadlineError, ClientGoneError and UnavailableError."""
         if self.seconds >= self.timeout_s:
             raise DeadlineError(self.timeout_s)
+        if self.is_cut_off():
+            raise UnavailableError("the server stopped before the request was done")
         if self.is_gone():
             raise ClientGoneError()
 
     def result(self, future: Future[T]) -> T:
-        """Waits for it. Raises what it raises, DeadlineError and ClientGoneError."""
+        """Waits for it. Raises what it raises, and what check does."""
         while True:
             left_s = self.timeout_s - self.seconds
             if wait([future], max(0.0, min(left_s, HANG_UP_POLL_S))).done:
@@ -1349,6 +1353,7 @@ class Queue:
         self._max_tokens = max_tokens
         self._groups: set[Group] = set()  # every one that was admitted and has not ended
         self._turns: deque[Group] = deque()  # those with something to score; the next one is first
+        self._served: Group | None = None  # whose turn the running decode is; behind those that arrive meanwhile
         self._tokens_per_s = 0.0  # smoothed over some ten batches; 0: nothing was measured yet
         self._closed = False
         self._changed = threading.Condition()  # guards all of it, and the groups
@@ -1408,7 +1413,7 @@ class Queue:
                 sorted((*group.waiting, *entries), key=lambda entry: (entry.prefix, -entry.pair.n_new))
             )
             group.submitted = min(group.submitted, time.monotonic())
-            if group not in self._turns:
+            if group not in self._turns and group is not self._served:
                 self._turns.append(group)
             self._changed.notify()
 
@@ -1422,29 +1427,35 @@ class Queue:
     def next_batch(self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None) -> list[Entry] | None:
         """The next group's turn. Waits for one; an empty list: none came for idle_s. None: closed, and all was taken.
 
-        What is left of the decode is shared with the groups behind, but only as many tokens as it has itself: a short
-        request takes at most twice its time for it. A batch has one prefix, or the engine would need a decode for each.
+        What is left of the decode is shared with the groups behind that need no more than one decode, but only as many
+        tokens as it has itself: a short request takes at most twice its time for other short ones, and none for a long
+        one. A batch has one prefix, or the engine would need a decode for each.
         """
         with self._changed:
+            if self._served is not None and self._served.waiting:
+                self._turns.append(self._served)
+            self._served = None
             self._changed.wait_for(lambda: self._turns or (self._closed and not self._groups), idle_s)
             if not self._turns:
                 return None if self._closed and not self._groups else []
-            prefix = self._turns[0].waiting[0].prefix
+            group = self._served = self._turns.popleft()
+            prefix = group.waiting[0].prefix
 
             def n_tokens(entry: Entry) -> float:
                 return entry.pair.n_new if entry.prefix == prefix else math.inf
 
-            batch = self._take(self._turns[0], n_tokens, max_batch_tokens, max_sequences, is_shared=False)
+            batch = self._take(group, n_tokens, max_batch_tokens, max_sequences, is_shared=False)
             n_own = sum(entry.pair.n_new for entry in batch)
             room = min(max_batch_tokens - n_own, n_own)
-            self._turns.rotate(-1)
-            for group in tuple(self._turns):
+            for other in self._turns:
                 if room <= 0 or len(batch) >= max_sequences:
                     break
-                taken = self._take(group, n_tokens, room, max_sequences - len(batch), is_shared=True)
+                if other.n_tokens > max_batch_tokens:
+                    continue
+                taken = self._take(other, n_tokens, room, max_sequences - len(batch), is_shared=True)
                 room -= sum(entry.pair.n_new for entry in taken)
                 batch += taken
-            self._turns = deque(group for group in self._turns if group.waiting)
+            self._turns = deque(other for other in self._turns if other.waiting)
             return batch
 
     @staticmethod
@@ -3176,7 +3187,7 @@ class RerankServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, application: Application, settings: Settings) -> None:
         self.application, self.settings = application, settings
-        self.draining = False
+        self.draining = self.is_cut_off = False
         self.bodies = ByteBudget(settings.max_bodies_mb * 1_000_000)
         self._changed = threading.Condition()  # guards _idle, _open and draining
         self._idle: dict[socket.socket, None] = {}  # the longest idle first
@@ -3261,7 +3272,7 @@ class RerankServer(socketserver.ThreadingTCPServer):
                 self._idle.pop(connection, None)
 
     def drain(self, timeout_s: float) -> bool:
-        """Stops accepting, answers what has arrived, closes. False: some request was not done in time."""
+        """Stops accepting, answers what has arrived, closes. False: some request was not done in time, and got 503."""
         self.shutdown()
         self._accept_the_rest()
         self.server_close()
@@ -3269,9 +3280,12 @@ class RerankServer(socketserver.ThreadingTCPServer):
             self.draining = self.application.is_stopping = True
             for connection in self._idle:
                 _stop_reading(connection)
-            done = self._changed.wait_for(lambda: self._open == 0, timeout_s)
+            is_done = self._changed.wait_for(lambda: self._open == 0, timeout_s)
+            self.is_cut_off = not is_done
+            if self.is_cut_off:
+                self._changed.wait_for(lambda: self._open == 0, CUT_OFF_S)
         self._close_turned_away(keep=0)
-        return done
+        return is_done
 
     def _accept_the_rest(self) -> None:
         """Connections that the kernel has completed but nobody has accepted would be reset by closing."""
@@ -3618,7 +3632,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
     def _answer(self) -> None:
         """Reads a request and writes its answer."""
         self._hang_up = HangUp(self.connection)
-        self._call = Call(self._hang_up)
+        self._call = Call(self._hang_up, lambda: self.server.is_cut_off)
         self._head, self._raw, self._is_last, self._is_unread = Head(), b"", True, True
         try:
             response = self._respond()
@@ -3846,8 +3860,7 @@ def serve(settings: Settings) -> int:
         print(start_report(roles, settings, f"{scheme}://{host}:{port}"), flush=True)
     stop.wait()
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
-    done = server.drain(settings.drain_s)
-    if not done:
+    if not server.drain(settings.drain_s):
         log.warning("some requests were not done within %d s", settings.drain_s)
         os._exit(0)  # their threads hold the models
     if not all(role.close(HUNG_ENGINE_S) for role in roles.all()):

@@ -341,8 +341,28 @@ def half_closes(soak: Soak, draw: random.Random) -> int | None:
         connection.sendall(message("/rerank", {"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}))
         connection.shutdown(socket.SHUT_WR)
         status, found = answer(connection)
-    for p, score in zip(ps, found if status == 200 else [], strict=False):
-        soak.compare(False, q, p, score)
+    if status == 200:
+        for p, score in zip(ps, found, strict=True):
+            soak.compare(False, q, p, score)
+    return status
+
+
+def in_slow_chunks(soak: Soak, draw: random.Random) -> int | None:
+    q, ps = drawn(soak, draw, 20)
+    payload = json.dumps({"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}).encode()
+    step = len(payload) // draw.randint(1, 8) + 1
+    with closing(soak.connect()) as connection:
+        connection.sendall(b"POST /rerank HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
+                           b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
+        for start in range(0, len(payload), step):
+            piece = payload[start : start + step]
+            connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+            time.sleep(draw.uniform(0, 0.2))
+        connection.sendall(b"0\r\n\r\n")
+        status, found = answer(connection)
+    if status == 200:
+        for p, score in zip(ps, found, strict=True):
+            soak.compare(False, q, p, score)
     return status
 
 
@@ -382,6 +402,7 @@ KINDS = (
     Kind("with a deadline of 1 ms to 8 s", 10, late, (200, 504)),
     Kind("hangs up", 10, hangs_up, (None,)),
     Kind("ends its own sending", 5, half_closes, (200,)),
+    Kind("body in slow chunks", 5, in_slow_chunks, (200,)),
     Kind("three on one connection", 5, stays, (200,)),
     Kind("body too large", 5, is_too_large, (413,)),
     Kind("malformed", 6, is_malformed, (400, 505)),

@@ -64,15 +64,42 @@ def test_a_short_request_waits_for_one_decode_of_a_long_one() -> None:
     assert sum(long in groups for groups in turns) == 3
 
 
-def test_a_short_requests_decode_is_shared_with_as_much_again_and_no_more() -> None:
+def test_a_short_requests_decode_is_shared_with_as_much_again_of_short_ones_and_no_more() -> None:
     """Would break: five tokens of a user's wait for a decode of 512 of somebody else's."""
     loaded = Loaded()
     short = loaded.group(pair(12, 1))
     loaded.group(*(pair(6, n) for n in range(2, 100)))
+    other = loaded.group(*(pair(6, n) for n in range(100, 110)))
     batch = loaded.next()
-    assert batch[0].group is short
-    assert sum(entry.pair.n_new for entry in batch) == 24
-    assert loaded.queue.n_tokens == 98 * 6 - 12
+    assert [entry.group for entry in batch] == [short, other, other]
+
+
+@pytest.mark.parametrize("n_tokens", [5, 12, 26, 50, 86, 128, 216, 500])
+@pytest.mark.parametrize("n_passages", [1, 5, 30])
+def test_beside_a_long_request_a_short_one_is_done_after_three_times_its_own_tokens(
+    n_tokens: int, n_passages: int
+) -> None:
+    """Counts what the engine computes, beside the decode that was running, which the short request cannot avoid."""
+    loaded = Loaded(10_000_000)
+    loaded.group(*(pair(n_tokens, n) for n in range(1, 1001)))
+    loaded.next(256, 64)
+    short = loaded.group(*(pair(n_tokens, -n) for n in range(1, n_passages + 1)))
+    n_computed = 0
+    while short.waiting:
+        n_computed += sum(entry.pair.n_new for entry in loaded.next(256, 64))
+    assert n_computed < 3 * n_tokens * n_passages
+
+
+def test_a_long_request_gets_its_turns_however_many_short_ones_arrive() -> None:
+    """One more with every decode, which is more than can be done: turns come at ever longer intervals for all."""
+    loaded = Loaded()
+    long = loaded.group(*(pair(60, n) for n in range(1000)))
+    loaded.next()
+    served = 0
+    for n in range(1, 21):
+        loaded.group(pair(60, -n))
+        served += loaded.next()[0].group is long
+    assert served == 5
 
 
 def test_equal_requests_share_decodes_longest_pairs_first() -> None:

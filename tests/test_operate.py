@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,37 @@ def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(operated: Opera
     assert operated.rerank({"query": "q", "passages": ["a"], "timeout": 0.2})[0] == 504
     assert operated.roles.m3.close(timeout_s=0.1) is False
     assert operated.rerank({"query": "q", "passages": ["a"]})[0] == 503
+
+
+@pytest.mark.parametrize("held", ["decode", "load"])
+def test_what_is_not_done_when_the_stopping_time_is_over_is_refused_and_not_cut_off(held: str) -> None:
+    """Would break: a client whose connection just ends cannot tell whether to ask again elsewhere."""
+    operated = Operated()
+    (operated.engine.block if held == "decode" else operated.may_load).clear()
+    answers: list[tuple[int, Any]] = []
+    body = {"query": "q", "passages": ["a"]}
+    asking = threading.Thread(target=lambda: answers.append(operated.rerank(body)[:2]))
+    asking.start()
+    until(lambda: operated.roles.m3.queue.n_requests)
+    assert operated.server.drain(0.1) is False
+    asking.join()
+    assert (answers[0][0], answers[0][1]["error_type"]) == (503, "model_unavailable")
+    assert "stopped before" in answers[0][1]["message"]
+    operated.engine.block.set()
+    operated.may_load.set()
+    assert operated.roles.m3.close(WAIT_S)
+
+
+def test_a_process_that_may_not_wait_any_longer_stops_with_status_0(gguf_of: Gguf) -> None:
+    process = ServerProcess("--m3", gguf_of("xlmr"), "--threads", "1", "--drain-s", "0")
+    answers: list[tuple[int, Any]] = []
+    body: dict[str, Any] = {"query": "which?", "passages": [f"passage {n}" for n in range(100_000)]}
+    asking = threading.Thread(target=lambda: answers.append(process.rerank(**body)[:2]))
+    asking.start()
+    until(lambda: urllib.request.urlopen(f"{process.url}/metrics").read().count(b'requests{role="m3"} 1.0'))
+    assert process.stop() == 0
+    asking.join()
+    assert (answers[0][0], answers[0][1]["error_type"]) == (503, "model_unavailable")
 
 
 def test_a_load_that_takes_long_says_how_far_it_is(
