@@ -7,6 +7,7 @@ up to the error of the quantisation. What cannot be scored is an error, never a 
 
     POST /rerank       the scores (use_llm false: the m3 role, true: the gemma role)
     POST /rerank, /v1/rerank, /v2/rerank, /score    the same in the words of other servers' clients (see CONTRACTS)
+    GET  /             a page to try it in a browser (web/index.html)
     GET  /health       alive, and which file serves which role; /ready, /metrics, /info, /openapi.json, /docs
     POST /debug/pair   the token ids that the model sees for one pair (only with --debug)
 
@@ -31,6 +32,8 @@ from __future__ import annotations
 
 import argparse
 import array
+import base64
+import bisect
 import contextlib
 import ctypes
 import dataclasses
@@ -112,7 +115,8 @@ MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 
 MAX_UNAUTHORIZED_BODY_BYTES = 1_000_000  # more is not read from a client without the key
 MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
 PROGRESS_EVERY_S = 3.0
-OPEN_ROUTES = ("/health", "/ready")
+OPEN_ROUTES = ("/", "/health", "/ready")  # a browser opens a page without the key, and nothing secret is in it
+PAGE_FILE = Path(__file__).resolve().parent / "web" / "index.html"
 SEND_TIMEOUT_S = 30  # for a client that does not read its answer
 LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
 PREFLIGHT_AGE_S = 600  # a browser asks again after it
@@ -554,6 +558,7 @@ class RerankRequest:
     max_passage: int | None = None
     on_overflow: str = TRUNCATE
     keep_end: bool = False
+    return_characters_read: bool = False
     timeout_s: float = math.inf
     texts: str = "passages"
 
@@ -776,6 +781,8 @@ FIELDS = (
           "a document that is too long is cut, refused, or scored in overlapping windows of which the best counts"),
     Field("truncation_direction", "keep_end", lambda value, name: _choice("Left", "Right")(value, name) == "Left",
           {"type": "string", "enum": ["Left", "Right"], "default": "Right"}, "the end that is cut", ("tei",)),
+    Field("return_characters_read", "return_characters_read", _boolean, _BOOLEAN,
+          "of a document that was cut, say how many characters were read, to within a word"),
     Field("timeout", "timeout_s", _seconds, {"type": "number", "exclusiveMinimum": 0},
           "seconds after which the answer is 504 and the rest is not scored; at most the server's"),
 )  # fmt: skip
@@ -919,6 +926,12 @@ class Pairs(Protocol):
     ) -> list[Pair]:
         """Pairs with overlapping windows of the passage (a quarter of each), which together hold all of it."""
 
+    def room(self, query: str, max_length: int | None = None, max_passage: int | None = None) -> int:
+        """Tokens that `make` leaves to a passage."""
+
+    def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
+        """How much of the passage's start (or end) is no more than so many tokens, to within a word."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -974,6 +987,22 @@ class FramedPairs:
         overlap, n_dropped = size // 4, max(0, len(ids) - (max_passage or len(ids)))
         starts = range(0, max(1, len(rest) - overlap), size - overlap)
         return [frame.pair([*prefix, *rest[start : start + size]], n_dropped) for start in starts]
+
+    def room(self, query: str, max_length: int | None = None, max_passage: int | None = None) -> int:
+        """See Pairs.room."""
+        frame = self._frame(query, min(max_length or self._max_length, self._max_length))
+        return min(frame.room, max_passage or frame.room)
+
+    def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
+        """See Pairs.n_characters. Searched for, since no tokenizer here says where in the text a token begins."""
+
+        def n_tokens_of(n: int) -> int:
+            return len(self._tokenize(self.passage_prefix + (passage[len(passage) - n :] if keep_end else passage[:n])))
+
+        high = max(1, n_tokens)
+        while high < len(passage) and n_tokens_of(high) <= n_tokens:  # a long rest is never tokenised
+            high *= 2
+        return max(0, bisect.bisect_right(range(min(high, len(passage)) + 1), n_tokens, key=n_tokens_of) - 1)
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """The passage's prefix, which every window keeps, and the rest."""
@@ -1056,6 +1085,14 @@ def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> li
             name = f"{request.texts}[{index}]"
             raise BadRequestError(f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query", name)
     return [[made[index]] for index in indices]
+
+
+def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
+    """How much of a passage that was cut the model saw. All of it: then the query was cut."""
+    passage, room = request.passages[index], request.max_passage
+    if request.on_overflow != CHUNK:
+        room = pairs.room(request.query_of(index), request.max_length, room)
+    return len(passage) if room is None else pairs.n_characters(passage, room, request.keep_end)
 
 
 class VocabTokenizer:
@@ -1185,6 +1222,7 @@ class Call:
     is_gone: Callable[[], bool] = lambda: False
     is_cut_off: Callable[[], bool] = lambda: False  # the server stops and waits no longer
     timeout_s: float = math.inf
+    accept: str = ""  # the Accept header
     started: float = dataclasses.field(default_factory=time.monotonic)
     request: RerankRequest | None = None
     tokenise_s: float = 0.0
@@ -2492,6 +2530,7 @@ class Scored:
     model: str
     n_tokens: int
     truncated: bool
+    characters_read: int | None = None  # where it was cut, if that was asked for
 
 
 def best_first(results: Iterable[Scored]) -> list[Scored]:
@@ -2640,15 +2679,16 @@ class Role:
         with self.engine(call) as engine:
             slices = self._tokenised(request, engine.pairs, indices, call, windows)
             logits = iter(self._logits(slices, group, call))
+            cut = [index for index, own in zip(indices, windows, strict=True) if any(pair.truncated for pair in own)]
+            read = self._characters_read(request, engine.pairs, cut, call)
         self.metrics("tokenise_seconds", self.name).observe(call.tokenise_s)
         results = []
         for index, own in zip(indices, windows, strict=True):
             logit = max(itertools.islice(logits, len(own)))  # of windows the best counts
             n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in own)
-            truncated = any(pair.truncated for pair in own)
-            score = self.calibration.score(logit)
-            results.append(Scored(index, logit, score, self.description.name, n_tokens, truncated))
-        self.metrics("truncated_passages", self.name).inc(sum(result.truncated for result in results))
+            score, truncated = self.calibration.score(logit), any(pair.truncated for pair in own)
+            results.append(Scored(index, logit, score, self.description.name, n_tokens, truncated, read.get(index)))
+        self.metrics("truncated_passages", self.name).inc(len(cut))
         return results
 
     @staticmethod
@@ -2663,6 +2703,14 @@ class Role:
             call.tokenise_s += time.monotonic() - started
             windows += made
             yield [pair for own in made for pair in own], 1 - min(1, (start + SLICE_PASSAGES) / len(indices))
+
+    @staticmethod
+    def _characters_read(request: RerankRequest, pairs: Pairs, cut: Sequence[int], call: Call) -> dict[int, int]:
+        read: dict[int, int] = {}
+        for index in cut if request.return_characters_read else ():
+            call.check()
+            read[index] = characters_read(request, pairs, index)
+        return read
 
     def logits(self, pairs: Sequence[Pair], call: Call | None = None) -> list[float]:
         """Raw logits, in order. Raises ModelError and RequestError."""
@@ -2809,6 +2857,8 @@ def _result(result: Scored, request: RerankRequest, key: str, document: str, tex
         written["id"] = request.ids[result.index]
     if result.truncated:
         written["truncated"] = True
+    if result.characters_read is not None:
+        written["characters_read"] = result.characters_read
     return written
 
 
@@ -2933,7 +2983,8 @@ def _object_schema(required: Sequence[str] | None = None, **properties: Any) -> 
 
 
 def _results_schema(score: str, **document: Schema) -> Schema:
-    optional = {"id": {"type": ["string", "integer"]}, "truncated": {"type": "boolean"}, **document}
+    cut = {"truncated": {"type": "boolean"}, "characters_read": _INTEGER}
+    optional = {"id": {"type": ["string", "integer"]}, **cut, **document}
     properties = {"index": _INTEGER, score: _NUMBER, "model": _STRING, **optional}
     return {"type": "array", "items": _object_schema(["index", score, "model"], **properties)}
 
@@ -2957,7 +3008,9 @@ _RESPONSE_SCHEMAS: dict[str, Schema] = {
                             data=_results_schema("score", object=_STRING, document=_STRING)),
 }  # fmt: skip
 _OBJECT = {"type": "object"}
+_ENDPOINTS = _object_schema(name=_STRING, version=_STRING, endpoints=_OBJECT)
 _PAGES = {  # what each answers, and the media type and schema of the answer
+    "/": ("a page to try it in a browser; the endpoints for a client that asks for JSON", "text/html", _STRING),
     "/health": ("alive, and which file serves which role", "application/json",
                 _object_schema(status=_STRING, version=_STRING, models=_OBJECT)),
     "/ready": ("200 when requests are served, 503 while the model loads and when the server stops", "application/json",
@@ -3001,7 +3054,8 @@ def _operation(path: str, method: str) -> dict[str, Any]:
     if method == "POST":
         body = {"application/json": {"schema": asked, "examples": examples}}
         operation["requestBody"] = {"required": True, "content": body}
-    good = {"description": "OK", "content": {kind: {"schema": answer}}}
+    content = {kind: {"schema": answer}, **({"application/json": {"schema": _ENDPOINTS}} if path == "/" else {})}
+    good = {"description": "OK", "content": content}
     possible = {code: error for code, error in errors.items() if _may_answer(path, code)}
     return {**operation, "responses": {"200": good, **possible}}
 
@@ -3055,18 +3109,40 @@ class Response:
 Handler = Callable[[bytes, Call], Response]
 
 
+def page_response(page: str) -> Response:
+    """A page whose own script and style run, and nothing else: neither what a text brings along nor what the network
+    has (Content Security Policy, level 3). Trusted types: not even its own script can turn a text into HTML."""
+    policy = (
+        f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return Response(200, page, {
+        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache",
+    })  # fmt: skip
+
+
+def _hashes(page: str, element: str) -> str:
+    """Of what is inside each such element: CSP's source list."""
+    texts = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+
+
 class Application:
     """What the routes do, without HTTP: raw body in, Response out. Any thread."""
 
-    def __init__(self, roles: Roles, settings: Settings) -> None:
+    def __init__(self, roles: Roles, settings: Settings, page: Path = PAGE_FILE) -> None:
         self._roles, self._settings = roles, settings
+        self._page = page.read_text(encoding="utf-8") if page.is_file() else None
         self.metrics = roles.metrics
         self.is_stopping = False
         self.routes: dict[str, dict[str, Handler]] = {
             path: {"POST": functools.partial(self.rerank, path=path)}  # the list of routes is the contracts'
             for path in dict.fromkeys(route for contract in CONTRACTS for route in contract.routes)
         }
-        pages = {"/health": self.health, "/ready": self.ready, "/metrics": self.metrics_page,
+        pages = {"/": self.page, "/health": self.health, "/ready": self.ready, "/metrics": self.metrics_page,
                  "/info": self.info, "/v1/models": self.models,
                  "/openapi.json": self.openapi, "/docs": self.docs}  # fmt: skip
         self.routes |= {path: {"GET": page} for path, page in pages.items()}
@@ -3105,6 +3181,15 @@ class Application:
     @staticmethod
     def _shown(request: RerankRequest, role: Role) -> str:
         return request.model or role.description.name
+
+    def page(self, raw: bytes, call: Call) -> Response:
+        """A page for people. The endpoints for a client that asks for JSON, and where there is no such file."""
+        wants_json = "application/json" in call.accept and "text/html" not in call.accept
+        if self._page is not None and not wants_json:
+            return page_response(self._page)
+        endpoints = {f"{method} {path}": _operation(path, method)["summary"]
+                     for path, methods in self.routes.items() for method in methods}  # fmt: skip
+        return Response(200, {"name": "rerank-server", "version": __version__, "endpoints": endpoints})
 
     def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
@@ -3156,7 +3241,7 @@ class Application:
         return Response(200, openapi_document(self.routes))
 
     def docs(self, raw: bytes, call: Call) -> Response:
-        return Response(200, docs_page(self.routes))
+        return page_response(docs_page(self.routes))
 
     def debug_pair(self, raw: bytes, call: Call) -> Response:
         """One pair as the model sees it: {query, passage, use_llm} -> pieces, ids, where it was cut, logit, score."""
@@ -3669,7 +3754,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
         self._raw = self._read_body(head)
         if not is_authorized:  # only now: the shape of the answer depends on the body
             raise UnauthorizedError()
-        self._call.timeout_s = _timeout_s(head)
+        self._call.timeout_s, self._call.accept = _timeout_s(head), head.fields.get("accept", "")
         return handler(self._raw, self._call)
 
     def _handler_of(self, head: Head) -> Handler:
@@ -3809,7 +3894,7 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
     lines += [
         "", f"  {settings.tuning}",
         f"  pairs of at most {settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB",
-        f"  listening on {address}", "", "  try it:",
+        f"  listening on {address}", "", "  open it in a browser, or try it here:",
         f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
     ]  # fmt: skip
     return "\n".join(lines)

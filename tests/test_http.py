@@ -35,6 +35,12 @@ class FakePairs:
     ) -> list[server.Pair]:
         return self.make(query, [passage])
 
+    def room(self, query: str, max_length: int | None = None, max_passage: int | None = None) -> int:
+        return 1000
+
+    def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
+        return n_tokens
+
 
 class FakeEngine:
     """Scores a pair by its number of words. `block` holds the engine back; `fail` makes it raise."""

@@ -73,7 +73,7 @@ def test_every_route_is_in_it_and_nothing_else(debug: bool) -> None:
     routes = fixture.server.application.routes
     assert described == {(path, method) for path, methods in routes.items() for method in methods}
     _, refusal, _ = fixture.request("GET", "/nothing")
-    assert set(re.findall(r"/[\w./]+", refusal["message"])) - {"/nothing"} == {path for path, _ in described}
+    assert set(re.findall(r"/[\w./]*", refusal["message"])) - {"/nothing"} == {path for path, _ in described}
     fixture.close()
 
 
@@ -170,7 +170,7 @@ def test_get_routes_answer_as_described(document: Document, tiny_server: ServerP
             with urllib.request.urlopen(f"{tiny_server.url}{path}", timeout=30) as answer:
                 kind, body = answer.headers.get_content_type(), answer.read()
             described = one["responses"]["200"]["content"]
-            assert list(described) == [kind], path
+            assert kind in described, path
             if kind == "application/json":
                 check(document, described[kind]["schema"], json.loads(body))
                 assert described[kind]["schema"], f"{path} is not described"
