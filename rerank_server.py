@@ -999,10 +999,15 @@ class FramedPairs:
         def n_tokens_of(n: int) -> int:
             return len(self._tokenize(self.passage_prefix + (passage[len(passage) - n :] if keep_end else passage[:n])))
 
-        high = max(1, n_tokens)
-        while high < len(passage) and n_tokens_of(high) <= n_tokens:  # a long rest is never tokenised
-            high *= 2
-        return max(0, bisect.bisect_right(range(min(high, len(passage)) + 1), n_tokens, key=n_tokens_of) - 1)
+        near = max(1, n_tokens)
+        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest is never tokenised
+            near *= 2
+        part = passage[-2 * near :] if keep_end else passage[: 2 * near]
+        words = re.finditer(r"\S+", part)  # whole ones first: a torn one can have more tokens
+        ends = sorted(len(part) - word.start() if keep_end else word.end() for word in words)
+        n_whole = bisect.bisect_right(ends, n_tokens, key=n_tokens_of)
+        low, high = [0, *ends][n_whole], [*ends, len(part)][n_whole]
+        return max(low, bisect.bisect_right(range(high + 1), n_tokens, lo=low, key=n_tokens_of) - 1)
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """The passage's prefix, which every window keeps, and the rest."""
