@@ -1,7 +1,7 @@
 """python -m bench.fairness FILE.gguf: how long a short request takes alone, and while a long one is being scored.
 
-The short one has --passages passages, the long one --long of the same length; new texts each time. The client of the
-long one hangs up when enough was measured. Writes bench/results/fairness-NAME.md and .json.
+The short one has --passages passages, the long one --long of the same length. The client of the long one hangs up when
+the short one was answered. Writes bench/results/fairness-NAME.md and .json.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import select
 import socket
 import statistics
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from bench import report
 from bench.engines import ROOT, Running, Setup, engines_of
 from bench.machine import describe_machine
 from bench.scaling import make_request, token_counter
-from bench.texts import SEED
+from bench.texts import SEED, Request
 
 RESULTS = ROOT / "bench" / "results"
 COLUMNS = {
@@ -65,26 +68,47 @@ class Measurement:
             running.close()
 
     def _row(self, running: Running, words: int) -> dict[str, Any]:
+        """By turns alone and beside a long request, so that a machine that slows down slows both."""
         self._ask(running, words)
-        alone = [self._ask(running, words) for _ in range(self._n_runs)]
         request = make_request(self._generator, words, self._long)
-        body = self._engine.body(request.query, list(request.passages))
-        beside: list[float] = []
-        with long_request(running, body) as connection:
-            select.select([connection], [], [], statistics.median(alone))  # until it is being scored
-            while len(beside) < self._n_runs:
-                beside.append(self._ask(running, words))
-                if select.select([connection], [], [], 0)[0]:
-                    raise OverError(f"{self._long} passages of {words} words were scored after {len(beside)} runs")
+        alone, beside = list[float](), list[float]()
+        for _ in range(self._n_runs):
+            alone.append(self._ask(running, words))
+            beside.append(self._ask_beside(running, words, request))
         alone_ms, beside_ms = 1000 * statistics.median(alone), 1000 * statistics.median(beside)
         return {
             "words": words, "tokens": round(self._count(request) / self._long), "alone_ms": alone_ms,
             "beside_ms": beside_ms, "beside_ms_max": 1000 * max(beside), "ratio": beside_ms / alone_ms,
         }  # fmt: skip
 
+    def _ask_beside(self, running: Running, words: int, request: Request) -> float:
+        body = self._engine.body(request.query, list(request.passages))
+        with long_request(running, body) as connection:
+            while not _n_requests(running) and not _has_answer(connection, 0.02):
+                pass
+            _has_answer(connection, self._generator.uniform(0.2, 1))  # no fixed place in its decodes
+            seconds = self._ask(running, words)
+            if _has_answer(connection, 0):
+                raise OverError(f"{self._long} passages of {words} words were scored too soon")
+        while _n_requests(running):
+            time.sleep(0.02)
+        running.rerank("the decode that was running", ("is over after this one",))
+        return seconds
+
     def _ask(self, running: Running, words: int) -> float:
         request = make_request(self._generator, words, self._short)
         return running.rerank(request.query, request.passages)
+
+
+def _has_answer(connection: socket.socket, timeout_s: float) -> bool:
+    return bool(select.select([connection], [], [], timeout_s)[0])
+
+
+def _n_requests(running: Running) -> float:
+    """Those that wait or are being scored."""
+    with urllib.request.urlopen(f"{running.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return sum(map(float, re.findall(r"^rerank_queue_requests\{role=\"\w+\"\} (\S+)$", text, re.MULTILINE)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -233,4 +233,4 @@ def test_a_short_request_is_measured_alone_and_beside_a_long_one(tiny: Path, tmp
 
 def test_a_long_request_that_is_done_too_soon_is_no_measurement(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="a larger --long"):
-        fairness.main([str(tiny), "--long", "1", "--words", "3", "--out", str(tmp_path)])
+        fairness.main([str(tiny), "--long", "1", "--words", "3", "--runs", "1", "--out", str(tmp_path)])
