@@ -2082,8 +2082,8 @@ class EncoderContext:
     """Encodes sequences with a BERT-type model and reads one pooled vector per sequence."""
 
     def __init__(self, model: LlamaModel, longest: int, ubatch: int, pooling: int) -> None:
-        # An encoder needs a whole sequence in one ubatch, or llama.cpp aborts the process.
-        self.n_ubatch = max(longest, ubatch)
+        # An encoder needs a whole sequence in one ubatch, and a token for each, or llama.cpp aborts the process.
+        self.n_ubatch = max(longest, ubatch, MAX_SEQUENCES)
         model.open_context(self.n_ubatch, self.n_ubatch, MAX_SEQUENCES, pooling)
         self._model = model
         self._reserve_outputs()

@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from conftest import ARCHITECTURES, FUZZED, ROOT, Gguf
 from test_http import FakeEngine, FakePairs, Running, sigmoid
 
 import rerank_server as server
@@ -383,3 +386,14 @@ def test_threads_end_with_the_server() -> None:
     assert busy.status("a") == 200
     busy.close()
     until(lambda: not [thread for thread in set(threading.enumerate()) - before if "scheduler" in thread.name])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_batch_ends_the_process(name: str, gguf_of: Gguf) -> None:
+    """Would break: one request ends the server for everybody. Small settings are tried, too."""
+    command = [sys.executable, str(ROOT / "tests" / "fuzz_engine.py"), str(gguf_of(name)), "15", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout)
+    FUZZED[f"batches for the engine ({name})"].update(counts)
+    assert counts["batches scored"] > counts["batches refused"] > 0
