@@ -16,7 +16,7 @@ LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|F
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
-.PHONY: help install run mini convert verify test lint bench quality soak clean lock clients
+.PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -55,8 +55,12 @@ quality: $(VENV)/.installed-dev mini ## measure ranking quality on judged data: 
 soak: $(VENV)/.installed-dev ## load and faults for a while: 64 clients (ARGS="--minutes 10")
 	$(BIN)/python tests/soak.py $(ARGS)
 
+accel: $(VENV)/.installed ## build the int8 engine that the server then uses (x86-64; about a minute)
+	@if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) --no-print-directory accel/lib/.built; \
+		else echo "The int8 engine is for x86-64 CPUs; here llama.cpp computes by itself, and nothing is built."; fi
+
 clean: ## remove .venv and what was built; models and the compiled wheel stay
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build accel/lib .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
 $(VENV)/.installed: requirements.lock $(LLAMA_WHEELS)/.done
 	@echo "Installing into $(VENV) ..."
@@ -90,6 +94,26 @@ $(LLAMA_WHEELS)/.done: | $(BIN)/python
 		|| { echo "failed; the end of build/llama.log:"; tail -n 20 build/llama.log; exit 1; }
 	@echo; touch $@
 
+# ggml's headers come from the source distribution of the very version that is installed, oneDNN from PyPI.
+accel/lib/.built: accel/accel.cpp accel/CMakeLists.txt accel/requirements.lock $(VENV)/.installed
+	@command -v g++ >/dev/null || { echo "A C++ compiler is needed (Debian: apt install g++)"; exit 1; }
+	@echo "Building the int8 engine for llama-cpp-python $(LLAMA_VERSION) ..."
+	@rm -rf build/accel && mkdir -p build/accel
+	@awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$$/{exit}' requirements.lock > build/accel/llama.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r accel/requirements.lock \
+		--ignore-installed --prefix build/accel/prefix
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes --no-binary :all: \
+		-r build/accel/llama.txt -d build/accel
+	@tar -xzf build/accel/llama_cpp_python-*.tar.gz -C build/accel --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/ggml/include/*.h' '*/vendor/llama.cpp/ggml/src/*.h'
+	@cmake=$$(echo build/accel/prefix/lib/python*/site-packages/cmake/data/bin/cmake); \
+	llama=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("llama_cpp").submodule_search_locations[0])'); \
+	{ $$cmake -S accel -B build/accel/cmake -DGGML=$(CURDIR)/build/accel/ggml -DONEDNN=$(CURDIR)/build/accel/prefix \
+		-DLLAMA_LIB=$$llama/lib -DLLAMA_VERSION=$(LLAMA_VERSION) && $$cmake --build build/accel/cmake && \
+		$$cmake --install build/accel/cmake --prefix $(CURDIR)/accel/lib; } > build/accel/log 2>&1 \
+		|| { echo "failed; the end of build/accel/log:"; tail -n 20 build/accel/log; exit 1; }
+	@echo "Built: accel/lib"; touch $@
+
 RESOLVE := uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header --no-annotate
 
 # The locks are made with `uv pip compile`; run this after changing the dependencies in pyproject.toml.
@@ -99,3 +123,4 @@ lock: ## resolve the dependencies again into the locks (needs uv)
 		-o requirements-clients.lock
 	$(RESOLVE) --extra convert --extra bench --extra test -c requirements-clients.lock pyproject.toml \
 		-o requirements-dev.lock
+	$(RESOLVE) accel/requirements.in -o accel/requirements.lock

@@ -158,6 +158,11 @@ class Settings:
     )  # fmt: skip
     flash_attention: str = _setting(AUTO, "attention without its matrix in memory", choices=(AUTO, ON, OFF))
     repack: str = _setting(AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
+    accel: str = _setting(
+        AUTO, "the int8 engine that `make accel` builds; auto: where it is built, fast and fits the memory",
+        choices=(AUTO, ON, OFF),
+    )  # fmt: skip
+    accel_strict: bool = _setting(False, "the int8 engine with activations in two parts: more exact, slower")
     gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
     max_bodies_mb: int = _setting(128, "request bodies in memory at once, in MB; beyond it 503", 1, 65536)
@@ -202,7 +207,7 @@ class Settings:
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise SettingsError(f"{flag_of(name)}: there is no file {path}")
-        _ = self.api_key_digests, self.allowed_origins, self.tls_context  # which are read once, now
+        _ = self.api_key_digests, self.allowed_origins, self.tls_context, self.tuning  # which are read once, now
 
     @functools.cached_property
     def api_key_digests(self) -> list[bytes]:
@@ -277,9 +282,12 @@ class Tuning:
     ubatch: int  # tokens
     flash_attention: bool
     repack: bool
+    accel: bool
+    accel_reason: str  # why not, or "strict"
 
     @staticmethod
     def of(settings: Settings) -> Tuning:
+        """Raises SettingsError where --accel on cannot be had."""
         on_gpu = settings.gpu_layers != 0 and llama.llama_supports_gpu_offload()
         is_arm = platform.machine().lower() in ("arm64", "aarch64")
         return Tuning(
@@ -288,13 +296,26 @@ class Tuning:
             flash_attention=settings.flash_attention != OFF,  # faster at every size, and no matrix of scores in memory
             # On x86 the tiled kernels beat the repacked ones, which also copy the weights out of the mapped file.
             repack=settings.repack == ON or (settings.repack == AUTO and is_arm and not on_gpu),
+            accel=not (reason := _why_no_accel(settings, on_gpu)),
+            accel_reason=reason or ("strict" if settings.accel_strict else ""),
         )
 
     def __str__(self) -> str:
         return (
             f"{self.threads} threads, decodes of up to {self.ubatch} tokens, flash attention "
-            f"{ON if self.flash_attention else OFF}, weights {'' if self.repack else 'not '}repacked"
+            f"{ON if self.flash_attention else OFF}, weights {'' if self.repack else 'not '}repacked, "
+            f"int8 engine {ON if self.accel else OFF}{f' ({self.accel_reason})' if self.accel_reason else ''}"
         )
+
+
+def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
+    """Empty: the int8 engine is to be used. Raises SettingsError when it is asked for and cannot be."""
+    if settings.accel == OFF:
+        return "as --accel says"
+    reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
+    if reason and settings.accel == ON:
+        raise SettingsError(f"--accel on: {reason}")
+    return reason
 
 
 def usable_cores() -> int:
@@ -315,12 +336,15 @@ def _core_of(cpu: int) -> str:
 
 def _cgroup_cpus(root: Path) -> float:
     """The smallest quota (cgroup v2, cpu.max) from this process's group up to the root; infinite without one."""
+    return min(map(_cpu_quota, _cgroup_folders(root)), default=math.inf)
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
     try:
         group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
     except OSError:
-        return math.inf
-    folders = [root / group, *(root / group).parents]
-    return min((_cpu_quota(folder) for folder in folders if folder.is_relative_to(root)), default=math.inf)
+        return []
+    return [folder for folder in [root / group, *(root / group).parents] if folder.is_relative_to(root)]
 
 
 def _cpu_quota(folder: Path) -> float:
@@ -1295,6 +1319,7 @@ METRICS = (
     Metric("queue_tokens", prometheus_client.Gauge, "tokens that wait"),
     Metric("queue_requests", prometheus_client.Gauge, "requests that wait or are being scored"),
     Metric("model_loaded", prometheus_client.Gauge, "1: in memory"),
+    Metric("accel_bytes", prometheus_client.Gauge, "weights that the int8 engine holds; 0: it is not used", ()),
     Metric("resident_bytes", prometheus_client.Gauge, "resident memory of the process", ()),
     Metric("model", prometheus_client.Info, "the file of a role", ("role",)),
     Metric("build", prometheus_client.Info, "versions", ()),
@@ -1314,6 +1339,7 @@ class Metrics:
             for metric in METRICS
         }  # fmt: skip
         self("resident_bytes").set_function(resident_bytes)
+        self("accel_bytes").set_function(accel_bytes)
         self("build").info({"version": __version__, "llama_cpp_python": llama_cpp.__version__})
 
     def __call__(self, name: str, *labels: str) -> Any:
@@ -1799,6 +1825,78 @@ llama.llama_log_set(_on_native_log, ctypes.c_void_p(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The int8 engine (accel/): a library that takes the matrix products of the layers from llama.cpp, where it is built
+# ---------------------------------------------------------------------------------------------------------------------
+
+ACCEL_LIBRARY = Path(__file__).resolve().parent / "accel" / "lib" / "librerank_accel.so"
+ACCEL_SPARE_BYTES = 200_000_000  # that must stay free beside its copy of the weights
+ggml_backend_load = _native("ggml_backend_load", _P, _C)
+
+
+@functools.cache
+def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library, once per process, or why it cannot be used. ggml offers operations to it from then on."""
+    if not path.is_file():
+        return None, "not built: make accel" if platform.machine().lower() in ("x86_64", "amd64") else "for x86 only"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.rerank_accel_built_for.restype = ctypes.c_char_p
+        library.rerank_accel_is_fast_here.restype = ctypes.c_bool
+        library.rerank_accel_copied_bytes.restype = ctypes.c_size_t
+        library.rerank_accel_configure.argtypes = [ctypes.c_bool] * 3
+        built_for = library.rerank_accel_built_for().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} does not fit this llama-cpp-python ({error}): make accel"
+    if built_for != llama_cpp.__version__:  # ggml's structures change from version to version
+        return None, f"{path} is built for llama-cpp-python {built_for}, not {llama_cpp.__version__}: make accel"
+    if not library.rerank_accel_is_fast_here():
+        return None, "this CPU has no int8 dot products"
+    if not ggml_backend_load(os.fsencode(path)):
+        return None, f"ggml refuses {path}: make accel"
+    return library, ""
+
+
+def _loaded_accel() -> ctypes.CDLL | None:
+    return load_accel(ACCEL_LIBRARY)[0] if load_accel.cache_info().currsize else None  # or nobody asked for it
+
+
+def configure_accel(use: bool, strict: bool) -> None:
+    """For the contexts that this thread opens next. Pages of the mapped file go once their weights are copied."""
+    if library := _loaded_accel():
+        library.rerank_accel_configure(use, strict, True)
+
+
+def accel_bytes() -> int:
+    """What the int8 engine holds of weights now."""
+    library = _loaded_accel()
+    return int(library.rerank_accel_copied_bytes()) if library else 0
+
+
+def available_bytes() -> float:
+    """What this process may still use: of the machine's memory, and of its cgroup's limit (docker run --memory)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
+    return min(float(free), _cgroup_free_bytes(Path("/sys/fs/cgroup")))
+
+
+def _cgroup_free_bytes(root: Path) -> float:
+    """Of the group with the least left. Pages of files count as free: the kernel can drop them."""
+    free = math.inf
+    for folder in _cgroup_folders(root):
+        try:
+            limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+            pages = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if limit != "max":
+            free = min(free, int(limit) - int(used) + (int(pages[1]) if pages else 0))
+    return free
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Model description: what scoring depends on, from rerank.* or, for a file from elsewhere, from what llama.cpp needs
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1981,7 +2079,18 @@ class LlamaModel:
                 raise ModelError(f"{description.path}: llama.cpp cannot load it ({lines.reason('no reason given')})")
         self._natives.callback(llama.llama_model_free, self.model)
         self.vocab = llama.llama_model_get_vocab(self.model)
+        self.accelerated = settings.tuning.accel and self._has_room(settings.accel)
         self._settings, self._path = settings, description.path
+
+    def _has_room(self, wanted: str) -> bool:
+        """Whether the int8 engine's copy of the layers, a byte for each weight, fits the memory."""
+        n_vocab_weights = llama.llama_vocab_n_tokens(self.vocab) * llama.llama_model_n_embd(self.model)
+        needed = llama.llama_model_n_params(self.model) - n_vocab_weights
+        has_room = wanted == ON or needed + ACCEL_SPARE_BYTES < available_bytes()
+        if not has_room:
+            log.warning("the int8 engine is not used: its copy of the weights takes %.0f MB, and %.0f MB are free "
+                        "(--accel on: try nevertheless)", needed / 1e6, available_bytes() / 1e6)  # fmt: skip
+        return has_room
 
     def open_context(self, n_ubatch: int, n_ctx: int, n_sequences: int, pooling: int) -> None:
         """n_ubatch, n_ctx: tokens; n_sequences: in one decode, each with one result. Raises ModelError."""
@@ -1997,6 +2106,7 @@ class LlamaModel:
         parameters.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        configure_accel(self.accelerated, self._settings.accel_strict)
         parameters.kv_unified = True  # pairs of unequal length share one cache; separate streams are slower
         with _captured_native_log() as lines:
             self.context = llama.llama_init_from_model(self.model, parameters)
@@ -2431,6 +2541,8 @@ def load_engine(path: Path, settings: Settings) -> LlamaEngine:
     try:
         engine = _ENGINES[description.kind](gguf, description, model, settings)
         _check_known_pair(gguf, engine)
+        if model.accelerated:
+            engine.score(engine.pairs.make("warm", ["up"]))  # copies the weights and makes the kernels
     except BaseException:  # a file that is refused is asked for again with the next request: free it now
         model.close()
         raise
@@ -3017,7 +3129,7 @@ _ENDPOINTS = _object_schema(name=_STRING, version=_STRING, endpoints=_OBJECT)
 _PAGES = {  # what each answers, and the media type and schema of the answer
     "/": ("a page to try it in a browser; the endpoints for a client that asks for JSON", "text/html", _STRING),
     "/health": ("alive, and which file serves which role", "application/json",
-                _object_schema(status=_STRING, version=_STRING, models=_OBJECT)),
+                _object_schema(status=_STRING, version=_STRING, models=_OBJECT, accel=_OBJECT)),
     "/ready": ("200 when requests are served, 503 while the model loads and when the server stops", "application/json",
                _object_schema(status=_STRING)),
     "/metrics": ("counters and histograms for Prometheus", "text/plain", _STRING),
@@ -3199,7 +3311,9 @@ class Application:
     def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
         models |= {role.name: self._model_state(role) for role in self._roles.all()}
-        return Response(200, {"status": "ok", "version": __version__, "models": models})
+        tuning = self._settings.tuning
+        accel = {"used": tuning.accel, "reason": tuning.accel_reason, "bytes": accel_bytes()}
+        return Response(200, {"status": "ok", "version": __version__, "models": models, "accel": accel})
 
     def ready(self, raw: bytes, call: Call) -> Response:
         """Whether a load balancer should send requests. Raises UnavailableError."""
