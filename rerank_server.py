@@ -1932,6 +1932,8 @@ class ModelDescription:
     prompt: PromptParts = PromptParts()
     cosine_scale: float = 1.0
     cosine_bias: float = 0.0
+    overlap_scale: float = 0.0
+    first_piece_id: int = 0  # of the vocabulary's most frequent piece
     lowercase: bool = True
     strip_accents: bool = True
     fixes: tuple[str, ...] = ()  # what was wrong in the file and is set right while loading
@@ -2025,7 +2027,11 @@ def _describe_yes_logit(gguf: GgufFile) -> dict[str, Any]:
 
 def _describe_bi_encoder(gguf: GgufFile) -> dict[str, Any]:
     scale, bias = gguf.require("rerank.cosine_scale", float), gguf.require("rerank.cosine_bias", float)
-    return {"cosine_scale": scale, "cosine_bias": bias, **_describe_word_piece(gguf)}
+    described = {"cosine_scale": scale, "cosine_bias": bias, **_describe_word_piece(gguf)}
+    if "rerank.overlap_scale" in gguf.metadata:  # not in files of vocabularies that are in no order
+        described["overlap_scale"] = gguf.require("rerank.overlap_scale", float)
+        described["first_piece_id"] = gguf.require("rerank.first_piece_id", int)
+    return described
 
 
 _DESCRIBE: dict[str, Callable[[GgufFile], dict[str, Any]]] = {
@@ -2489,7 +2495,8 @@ def _yes_token(gguf: GgufFile, tokenize: Tokenizer) -> int:
 
 
 class EmbeddingEngine(LlamaEngine):
-    """The mini model: mean-pooled embeddings of query and passage, and a fitted line from their cosine to a logit."""
+    """The mini model: a fitted line from the cosine of query's and passage's embeddings (mean of the last layer's
+    states), and from how much of the query's words the passage holds, to a logit."""
 
     def __init__(
         self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
@@ -2508,14 +2515,18 @@ class EmbeddingEngine(LlamaEngine):
         missing = [ids for ids in dict.fromkeys(pair.query_ids for pair in pairs) if ids not in known]
         known.update(zip(missing, self.embed(missing), strict=True))
         passages = self.embed([pair.ids for pair in pairs])
-        logits = [self.logit(known[pair.query_ids], vector) for pair, vector in zip(pairs, passages, strict=True)]
+        logits = [self.logit(pair, known[pair.query_ids], vector) for pair, vector in zip(pairs, passages, strict=True)]
         while len(known) > QUERY_VECTORS_KEPT:
             known.popitem(last=False)
         return logits
 
-    def logit(self, query: FloatArray, passage: FloatArray) -> float:
-        """Of two unit vectors."""
-        return self.description.cosine_scale * float(query @ passage) + self.description.cosine_bias
+    def logit(self, pair: Pair, query: FloatArray, passage: FloatArray) -> float:
+        """query, passage: the pair's unit vectors. Any thread."""
+        model = self.description
+        logit = model.cosine_scale * float(query @ passage) + model.cosine_bias
+        if model.overlap_scale:  # between [CLS] and [SEP]
+            logit += model.overlap_scale * overlap(pair.query_ids[1:-1], pair.ids[1:-1], model.first_piece_id)
+        return logit
 
     def embed(self, texts: Sequence[tuple[int, ...]]) -> list[FloatArray]:
         """Unit vectors, one for each sequence of ids. Only in the thread that owns the engine."""
@@ -2524,6 +2535,21 @@ class EmbeddingEngine(LlamaEngine):
     def _embed_batch(self, texts: list[tuple[int, ...]]) -> list[FloatArray]:
         rows = self._encoder.encode(Batch(texts), self._n_embd)
         return list(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+ZIPF_OFFSET = 10  # the piece of rank r counts ln(1 + r / 10): the first few ("the", "of", "and") hardly count
+
+
+def overlap(query_ids: Sequence[int], passage_ids: Sequence[int], first_piece_id: int) -> float:
+    """The part of the query's pieces that the passage holds, each counted by how rare it is: 0 none, 1 all.
+
+    How rare is read off the vocabulary, where BERT's pieces stand roughly in the order of their frequency: by Zipf's
+    law that of rank r has a frequency in proportion to 1 / r, and what search engines weigh words by (inverse document
+    frequency; Robertson and Zaragoza 2009) is the logarithm of its inverse.
+    """
+    weights = {token: math.log1p(max(0, token - first_piece_id) / ZIPF_OFFSET) for token in query_ids}
+    held = weights.keys() & set(passage_ids)
+    return math.fsum(weights[token] for token in held) / total if (total := math.fsum(weights.values())) else 0.0
 
 
 _ENGINES: dict[str, Callable[[GgufFile, ModelDescription, LlamaModel, Settings], LlamaEngine]] = {

@@ -8,7 +8,7 @@ that half of the candidates with that score are relevant, among candidates like 
 
 --negatives N scores only so many irrelevant candidates of each query, and weights them for those left out. --balanced
 weighs relevant and irrelevant ones the same, whatever their share: 0.5 is then where both would be equally likely, were
-both equally frequent. This is how the curve from mini's cosine to its logit was made (convert/models.py).
+both equally frequent. This is how mini's own curve was made (convert/models.py).
 
 Expected calibration error (Guo et al. 2017; 15 bins of equal width): the mean distance between score and share of
 relevant ones. "after" is measured on queries that were not fitted on (5 folds); what is written is fitted on all of
@@ -162,12 +162,13 @@ def result_of(scorer: quality.FileScorer, judged: Judged, about: dict[str, Any])
         raise quality.UnusableError("relevant candidates have no higher logits than others: nothing to calibrate")
     before, after = bins_of(special.expit(judged.x), judged), bins_of(unseen_scores(judged), judged)
     model = scorer.engine.description
-    cosine = {}
-    if model.kind == rerank_server.BI_ENCODER:
-        cosine = {"cosine_scale": scale * model.cosine_scale, "cosine_bias": scale * model.cosine_bias + bias}
+    line = {}
+    if model.kind == rerank_server.BI_ENCODER:  # what convert/models.py would hold
+        line = {"cosine_scale": scale * model.cosine_scale, "overlap_scale": scale * model.overlap_scale,
+                "cosine_bias": scale * model.cosine_bias + bias}  # fmt: skip
     return {
         "file": model.path.name, "kind": model.kind, "quantization": model.quantization,
-        "file_bytes": model.file_bytes, "scale": scale, "bias": bias, **cosine,
+        "file_bytes": model.file_bytes, "scale": scale, "bias": bias, **line,
         "pairs": len(judged.x), "queries": len(np.unique(judged.query)),
         "relevant_part": float(np.average(judged.y, weights=judged.weight)),
         "expected_calibration_error": {"before": calibration_error(before), "after": calibration_error(after)},
@@ -184,8 +185,8 @@ def text_of(result: dict[str, Any]) -> str:
         f"  expected calibration error: {error['before']:.4f} before, {error['after']:.4f} after (on unseen queries)",
     ]
     if "cosine_scale" in result:
-        scale, bias = result["cosine_scale"], result["cosine_bias"]
-        lines.append(f"  of the cosine: sigmoid({scale:.3f} * cosine {bias:+.3f})")
+        scale, overlap, bias = result["cosine_scale"], result["overlap_scale"], result["cosine_bias"]
+        lines.append(f"  of what is below it: sigmoid({scale:.3f} * cosine {overlap:+.3f} * overlap {bias:+.3f})")
     return "\n".join(lines)
 
 

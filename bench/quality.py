@@ -96,7 +96,7 @@ class FileScorer:
         missing = [ids for ids in texts if ids not in self._vectors]
         self._vectors.update(zip(missing, engine.embed(missing), strict=True))
         self.n_computed += len(missing)
-        return [engine.logit(self._vectors[pair.query_ids], self._vectors[pair.ids]) for pair in pairs]
+        return [engine.logit(pair, self._vectors[pair.query_ids], self._vectors[pair.ids]) for pair in pairs]
 
     def order(self, query: str, passages: list[str]) -> list[int]:
         return best_first(self.logits(query, passages))

@@ -43,10 +43,11 @@ except ModuleNotFoundError as error:
     sys.exit(f"bench.train_mini: {error.name} is missing: pip install -e '.[convert,bench,train]'")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convert.models import MINI_COSINE_BIAS, MINI_COSINE_SCALE, MODELS
+from convert.models import MODELS
 
 LIST_SIZE = 6
 HARD_POOL = 20  # of BM25's, and of the bi-encoder's, best this many the hard negatives are drawn
+COSINE_SCALE, COSINE_BIAS = 8.078, -2.834  # to logits: fitted on questions and BM25's candidates for all-MiniLM-L6-v2
 BM25_SCALE = 0.8  # logits for one standard deviation of BM25: as much as one of the cosine among a query's best
 LABEL_BONUS = 1.0  # logits
 LEVEL_WEIGHT = 0.05  # of the squared error, beside the listwise loss
@@ -182,7 +183,7 @@ def examples_of(one: Set, encoder: Encoder, seed: int) -> Iterator[Example]:
         best_bm25, best_cosine = np.argsort(-bm25)[:50], np.argsort(-cosine)[:50]
         seen = np.union1d(best_bm25, best_cosine)
         standard = (bm25 - bm25[seen].mean()) / (bm25[seen].std() + 1e-6)
-        targets = MINI_COSINE_SCALE * cosine + MINI_COSINE_BIAS + BM25_SCALE * standard
+        targets = COSINE_SCALE * cosine + COSINE_BIAS + BM25_SCALE * standard
         targets[own] += LABEL_BONUS * is_right
         rows = choose(own, best_bm25, best_cosine, len(one.windows), generator)
         yield Example(

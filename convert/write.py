@@ -17,7 +17,15 @@ import numpy.typing as npt
 
 from .checkpoint import Checkpoint, FloatArray
 from .errors import ConvertError
-from .models import BI_ENCODER, CROSS_ENCODER, MINI_COSINE_BIAS, MINI_COSINE_SCALE, YES_LOGIT, Architecture
+from .models import (
+    BI_ENCODER,
+    CROSS_ENCODER,
+    MINI_COSINE_BIAS,
+    MINI_COSINE_SCALE,
+    MINI_OVERLAP_SCALE,
+    YES_LOGIT,
+    Architecture,
+)
 from .progress import Progress
 from .reference import PASSAGE_PREFIX, PROMPT, QUERY_PREFIX, SEPARATOR, ReferencePairs, check_pooling, max_tokens
 from .tensors import Tensor, head_dimension, position_offset
@@ -113,7 +121,10 @@ def _kind_metadata(checkpoint: Checkpoint, architecture: Architecture, pairs: Re
         }  # fmt: skip
     if architecture.kind == BI_ENCODER:
         check_pooling(checkpoint)
-        return {"rerank.cosine_scale": MINI_COSINE_SCALE, "rerank.cosine_bias": MINI_COSINE_BIAS}
+        line: Metadata = {"rerank.cosine_scale": MINI_COSINE_SCALE, "rerank.cosine_bias": MINI_COSINE_BIAS}
+        if first_piece_id := pairs.first_piece_id():
+            line |= {"rerank.overlap_scale": MINI_OVERLAP_SCALE, "rerank.first_piece_id": first_piece_id}
+        return line
     # Two types mean that the passage has type 1 (BERT); llama.cpp gives all tokens type 0, so the server must know.
     return {"rerank.token_types": min(2, checkpoint.config.integer("type_vocab_size", 2))}
 
