@@ -1,9 +1,9 @@
 """Opens damaged copies of a GGUF file, as a child process of tests/test_gguf.py: a crash ends this process only.
 
-`python fuzz_gguf.py FILE SCRATCH SECONDS SEED`: flips, overwrites, inserts and cuts bytes, mostly in the header, and
-opens each copy as the server does. ModelError is the right answer; a copy that is still good must score a number, or
-say that it cannot. Prints a JSON line with the counts. The damage of each try is in SCRATCH.txt before it is opened,
-so that a crash can be repeated.
+`python fuzz_gguf.py FILE SCRATCH SECONDS N_TRIES SEED`: flips, overwrites, inserts and cuts bytes, mostly in the
+header, and opens each copy as the server does. ModelError is the right answer; a copy that is still good must score a
+number, or say that it cannot. Prints a JSON line with the counts. The damage of each try is in SCRATCH.txt before it is
+opened, so that a crash can be repeated.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def damage(data: bytearray, header_bytes: int, generator: random.Random) -> str:
     return f"{kind} at {place}"
 
 
-def main(file: Path, scratch: Path, seconds: float, seed: int) -> int:
+def main(file: Path, scratch: Path, seconds: float, n_tries: int, seed: int) -> int:
     original, generator, counts = file.read_bytes(), random.Random(seed), Counter[str]()
     first_tensor = min(tensor.offset for tensor in rerank_server.GgufFile.open(file).tensors.values())
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and counts.total() < n_tries:
         data = bytearray(original)
         done = [damage(data, min(first_tensor, len(data)), generator) for _ in range(generator.choice([1, 1, 1, 3]))]
         scratch.write_bytes(data)
@@ -68,4 +68,4 @@ def main(file: Path, scratch: Path, seconds: float, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])))
