@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+ACCEL_LIBRARY = ROOT / "accel" / "lib" / "librerank_accel.so"
 MAX_LENGTH_TOKENS = 512  # FlagEmbedding's default, and the longest pair that llama-server takes without flags
 READY_TIMEOUT_S = 600
 REQUEST_TIMEOUT_S = 1200
@@ -60,15 +61,19 @@ def engines_of(role: str, ours: list[str], peers: list[str]) -> list[Engine]:
         Engine(f"rerank-server {name}", functools.partial(rerank_server, quantization=name), body=_our_body(role))
         for name in ours
     ]
+    with_int8 = functools.partial(rerank_server, quantization=ours[0], accel=True)
+    rows.append(Engine(f"rerank-server {ours[0]}, int8 engine", with_int8, body=_our_body(role)))
     return rows + [engine for name in peers for engine in PEERS[name](role, ours)]
 
 
-def rerank_server(setup: Setup, port: int, quantization: str) -> list[str]:
+def rerank_server(setup: Setup, port: int, quantization: str, accel: bool = False) -> list[str]:
+    if accel and not ACCEL_LIBRARY.is_file():
+        raise MissingError("it is not built: make accel")
     # no cache: every pair is new in here, but a peer's cannot be switched on either
     command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", str(port), "--cache-mb", "0"]
     role = "gemma" if setup.role == "gemma" else "m3"
     command += ["--max-length", str(MAX_LENGTH_TOKENS), f"--{role}", str(setup.files[quantization])]
-    return [*command, *setup.server_flags]
+    return [*command, "--accel", "on" if accel else "off", *setup.server_flags]
 
 
 def _our_body(role: str) -> Callable[[str, list[str]], dict[str, Any]]:

@@ -57,7 +57,7 @@ class Measurement:
         self._short, self._long, self._n_runs = n_short, n_long, n_runs
         self._count, role = token_counter(file, 1024)
         self._setup = Setup(role, {"": file}, None, Path(sys.executable), ("--max-length", "1024"))
-        (self._engine,) = engines_of(role, [""], [])
+        self._engine = engines_of(role, [""], [])[0]
         self._generator = random.Random(SEED)
 
     def rows(self, words: Sequence[int]) -> list[dict[str, Any]]:

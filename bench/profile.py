@@ -132,11 +132,13 @@ def peaks(python: Path, n_tokens: int) -> tuple[float | None, float | None]:
     return float32, int8
 
 
-def profile(file: Path, data: Path | None, n_passages: int, n_runs: int) -> tuple[dict[str, Cost], int]:
+def profile(
+    file: Path, data: Path | None, n_passages: int, n_runs: int, accel: str = "off"
+) -> tuple[dict[str, Cost], int]:
     """The median-time run of a list's decodes, and the list's tokens."""
     profiler = Profiler()
     with profiler.installed():
-        engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS))
+        engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, accel=accel))
     request = read_texts(data).request(n_passages)
     pairs = sorted(engine.pairs.make(request.query, request.passages), key=lambda pair: -pair.n_new)
     runs = []
@@ -173,18 +175,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="the median one counts (default 5)")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), metavar="FILE",
                         help="interpreter that has PyTorch, for the int8 peak (default: this one)")  # fmt: skip
+    parser.add_argument("--accel", action="store_true", help="with the int8 engine, its parts one by one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(arguments.peers_python, "bench.profile")
     float32, int8 = peaks(arguments.peers_python, rerank_server.Settings().tuning.ubatch)
-    costs, n_tokens = profile(arguments.file, arguments.data, arguments.passages, arguments.runs)
-    rows = rows_of(costs, float32, int8)
-    print("\n".join(write(arguments.file, machine, rows, (float32, int8), n_tokens, arguments.out)))
+    accel = "on" if arguments.accel else "off"
+    costs, n_tokens = profile(arguments.file, arguments.data, arguments.passages, arguments.runs, accel)
+    rows, name = rows_of(costs, float32, int8), arguments.file.stem + ("-int8-engine" if arguments.accel else "")
+    print("\n".join(write(name, machine, rows, (float32, int8), n_tokens, arguments.out)))
     return 0
 
 
 def write(
-    file: Path, machine: dict[str, Any], rows: list[dict[str, Any]], found: tuple[float | None, float | None],
+    name: str, machine: dict[str, Any], rows: list[dict[str, Any]], found: tuple[float | None, float | None],
     n_tokens: int, folder: Path,
 ) -> list[str]:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,13 +196,13 @@ def write(
     peak = f"float32 {float32:,.0f}, int8 {int8:,.0f} GOP/s" if float32 and int8 else "not measured"
     seconds = sum(row["ms"] for row in rows) / 1000
     lines = [
-        f"# profile of {file.name}", "", f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; "
+        f"# profile of {name}", "", f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; "
         f"{machine['cpus']} x {machine['cpu']}", "",
         f"{n_tokens:,} tokens in {seconds:.2f} s ({n_tokens / seconds:,.0f} tokens/s while every node is timed). This "
         f"machine's peak: {peak}.", "",
         *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    base = folder / f"profile-{file.stem}"
+    base = folder / f"profile-{name}"
     base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"machine": machine, "float32_gflops": float32, "int8_gops": int8, "tokens": n_tokens, "rows": rows}
     base.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ candidates, and any number of them are compared in one table:
     two-stage               m3 for all candidates, then gemma for the best --llm-top-n
     http://HOST:PORT        a running server that answers Cohere's and Jina's clients, on /v1/rerank or the path that is
                             given; what stands after a ? goes into the body: http://HOST:PORT/v2/rerank?use_llm=true
+    int8:SYSTEM             a file or a role with the int8 engine (`make accel`); strict:SYSTEM with its strict mode
     NAME=SYSTEM             any of these, with a name of its own in the table
 
 Without a SYSTEM: the mini model in F16, Q8_0 and Q5_0, made in build/quality. The candidates are --run (TREC's format,
@@ -20,6 +21,7 @@ Results so far are written after each collection, so a long run may be cut short
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import sys
@@ -45,6 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MINI_QUANTIZATIONS = ("F16", "Q8_0", "Q5_0")
 REQUEST_TIMEOUT_S = 3600
 SEED = 20260101
+# Before a system: the same with the int8 engine (`make accel`), which is off otherwise.
+ACCEL_MODES: dict[str, dict[str, Any]] = {"int8": {"accel": "on"}, "strict": {"accel": "on", "accel_strict": True}}
 
 
 class UnusableError(Exception):
@@ -205,6 +209,11 @@ def find_system(word: str, settings: rerank_server.Settings, llm_top_n: int) -> 
         return System(name or what, lambda: ServerScorer(what))
     if what in ("mini", "m3", "gemma", "two-stage"):
         return _role(name, what, settings, llm_top_n)
+    mode, _, rest = what.partition(":")
+    if mode in ACCEL_MODES:
+        changes = ACCEL_MODES[mode]
+        inner = find_system(rest, dataclasses.replace(settings, **changes), llm_top_n)
+        return System(name or f"{inner.name}, {mode}", inner.open)
     path = Path(what)
     if not path.is_file():
         raise UnusableError(f"{what!r} is neither a file, nor a URL, nor one of mini, m3, gemma, two-stage")
@@ -456,7 +465,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> rerank_server.Settings:
-    return rerank_server.Settings(models=arguments.models, max_length=arguments.max_length, threads=arguments.threads)
+    return rerank_server.Settings(
+        models=arguments.models, max_length=arguments.max_length, threads=arguments.threads, accel="off"
+    )
 
 
 def make_tasks(arguments: argparse.Namespace) -> list[Task]:

@@ -46,7 +46,7 @@ def measure(parts: Mapping[Quantization, Path], reports: Mapping[Quantization, R
     best = dict.fromkeys(parts, 0.0)
     for number in range(ROUNDS):
         for quantization in list(parts)[:: -1 if number % 2 else 1]:
-            scored = score_samples(parts[quantization], TIMED)
+            scored = score_samples(parts[quantization], TIMED, accel="auto")  # as it will be served
             best[quantization] = max(best[quantization], scored.n_tokens / max(scored.seconds, 1e-9))
     return [Candidate(quantization, reports[quantization], best[quantization]) for quantization in parts]
 

@@ -31,6 +31,7 @@ from .samples import SAMPLES, Sample
 from .tensors import Tensor
 
 SERVER = ROOT / "rerank_server.py"
+ACCEL_LIBRARY = ROOT / "accel" / "lib" / "librerank_accel.so"
 # A trained reranker puts the built-in relevant passages more than this many logits above the irrelevant ones, on
 # average (the two MiniLM models: 2.1 and 2.4; random weights: under 0.3). Below it the logits are noise, and no limit
 # is applied to how quantising changes them.
@@ -107,13 +108,17 @@ class Report:
         return result
 
 
-def score_samples(path: Path, samples: Sequence[Sample] = SAMPLES) -> Scored:
-    """Scores with `rerank_server.py --check`. Raises ConvertError with its one line when it refuses the file."""
+def score_samples(path: Path, samples: Sequence[Sample] = SAMPLES, accel: str = "off") -> Scored:
+    """Scores with `rerank_server.py --check`. Raises ConvertError with its one line when it refuses the file.
+
+    accel: the server's --accel; a file is judged without the int8 engine.
+    """
     if not SERVER.is_file():
         raise CannotStartError(f"{SERVER} is missing: files are verified by the server's own code")
     lines = "".join(json.dumps({"query": sample.query, "passage": sample.passage}) + "\n" for sample in samples)
     # a RERANK_ variable of the user's own server must not change what is measured here
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANK_")}
+    environment["RERANK_ACCEL"] = accel
     environment["RERANK_IN_CHILD"] = "1"  # an abort inside llama.cpp ends that process only
     command = [sys.executable, str(SERVER), "--check", str(path), "--pairs", "-"]
     done = subprocess.run(command, input=lines.encode(), capture_output=True, env=environment, check=False)
@@ -219,7 +224,8 @@ def _summary_row(report: Report) -> tuple[str, ...]:
     scored, comparison = report.scored, report.comparison
     numbers: tuple[str, ...] = ("-",) * 4
     if comparison:
-        limit = "no limit" if comparison.margin < CLEAR_MARGIN else comparison.limit
+        is_free = comparison.margin < CLEAR_MARGIN or math.isinf(comparison.limit)
+        limit = "no limit" if is_free else comparison.limit
         numbers = (f"{comparison.max_difference:.4f}", f"{comparison.mean_difference:.4f}",
                    f"{comparison.drift:.4f} ({limit})", f"{comparison.kendall_tau:.4f}")  # fmt: skip
     equal = "-" if report.n_equal is None else f"{report.n_equal}/{len(scored.logits)}"
@@ -282,9 +288,16 @@ def run(path: Path, checkpoint: Path | None, with_transformers: bool) -> int:
         columns["F16"] = reference
     report = examine(path, path.name, file, expected_ids(against.pairs) if against else None, reference)
     columns[report.quantization if report.quantization != "F16" else "this file"] = report.scored.logits
+    reports = [report]
+    if ACCEL_LIBRARY.is_file():
+        scored = score_samples(path, accel="on")
+        columns["int8 engine"] = scored.logits
+        comparison = compare(scored.logits, reference, math.inf) if reference is not None else None
+        name = f"{path.name}, int8 engine"
+        reports.append(Report(name, report.quantization, report.file_bytes, scored, None, comparison))
     print(logit_table(columns))
     print()
-    print(summary_table([report]))
+    print(summary_table(reports))
     _explain(file, report, origin, columns.get("transformers, float32"))
     return 1 if report.problem else 0
 
