@@ -4063,14 +4063,7 @@ def _better(name: str) -> str:
 
 def serve(settings: Settings) -> int:
     """Runs until SIGTERM or Ctrl-C. Returns the exit status."""
-    stop, loaded = threading.Event(), threading.Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        stop.set()
-        loaded.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    stop = StopSignals()
     _allow_files(settings.max_connections)
     _bound_heaps()
     roles = Roles.find(settings)
@@ -4083,12 +4076,11 @@ def serve(settings: Settings) -> int:
     host = f"[{host!s}]" if ":" in str(host) else {"0.0.0.0": "127.0.0.1"}.get(str(host), str(host))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="accept", daemon=True).start()
     loading = roles.m3.start()  # those who ask meanwhile wait for it, and GET /ready says 503
-    loading.add_done_callback(lambda _: loaded.set())
-    loaded.wait()
-    if loading.done():
+    loading.add_done_callback(lambda _: stop.wake())
+    if not stop.wait():
         loading.result()
         print(start_report(roles, settings, f"{scheme}://{host}:{port}"), flush=True)
-    stop.wait()
+        stop.wait()
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
     if not server.drain(settings.drain_s):
         log.warning("some requests were not done within %d s", settings.drain_s)
@@ -4097,6 +4089,29 @@ def serve(settings: Settings) -> int:
         os._exit(0)  # an engine that does not come back
     log.info("stopped")
     return 0
+
+
+class StopSignals:
+    """SIGTERM and SIGINT. The kernel may give them to any thread (one that is just being started, say), and that does
+    not wake a main thread which waits for a lock. So the main thread reads what the C handler writes, in any thread."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)  # set_wakeup_fd asks for it
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # or they would end the process
+
+    def wait(self) -> bool:
+        """Until a signal came (True), or somebody woke it."""
+        return self._reader.recv(1) != _WAKE
+
+    def wake(self) -> None:
+        """Any thread."""
+        self._writer.send(_WAKE)
+
+
+_WAKE = b"\0"  # no signal has this number
 
 
 def _allow_files(max_connections: int) -> None:

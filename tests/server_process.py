@@ -56,5 +56,9 @@ class ServerProcess:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self._process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Until it has stopped: its exit status."""
         _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)
         return self._process.returncode
