@@ -28,7 +28,7 @@ run: install ## start the server on port 8000 (ARGS="--port 9000 ..." for its fl
 	@exec $(BIN)/python rerank_server.py $(ARGS)
 
 mini: install ## make models/mini-Q8_0.gguf, the small model that needs no Hub
-	@[ -f models/mini-Q8_0.gguf ] || $(BIN)/python -m convert mini
+	@[ models/mini-Q8_0.gguf -nt convert/models.py ] || $(BIN)/python -m convert mini || [ -f models/mini-Q8_0.gguf ]
 
 convert: install ## convert m3 and gemma, or one: MODEL=m3 [QUANT=Q5_K_S]
 	@for model in $(or $(MODEL),m3 gemma); do \

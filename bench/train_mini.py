@@ -52,12 +52,12 @@ BM25_SCALE = 0.8  # logits for one standard deviation of BM25: as much as one of
 LABEL_BONUS = 1.0  # logits
 LEVEL_WEIGHT = 0.05  # of the squared error, beside the listwise loss
 HELD_OUT = 200  # lists that are only measured
-WINDOW_WORDS = (16, 180)  # a passage is read through a window of so many words, drawn log-uniformly
+WINDOW_WORDS = (16, 96)  # a passage is read through a window of so many words, drawn log-uniformly
 SENTENCE_WORDS = (6, 30)  # of a passage's sentence that serves as a query
 GROUPS = 4  # a batch is computed in so many parts of like length, so that little of it is padding
 CHECKPOINT_STEPS = 25
 AVERAGE_DECAY = 0.99
-MAX_TOKENS = 256
+MAX_TOKENS = 160
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

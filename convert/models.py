@@ -87,9 +87,9 @@ NAMED = {
 # The bi-encoder's score is sigmoid(scale * cosine + overlap_scale * overlap + bias); rerank_server.overlap says what
 # the overlap is, and files of vocabularies in another order have none. Fitted by `python -m bench.calibrate mini
 # --balanced --top-k 12 --queries 40` on BM25's candidates from nine sets, 4,320 pairs: SquadShifts (new wiki, reddit,
-# amazon), BoolQ, QED (Natural Questions), SelQA, HotpotQA, PolicyQA, MedQuAD. Expected calibration error on unseen
-# queries: 0.031. The overlap counts half as much as the cosine: on the same sets the mean nDCG@10 is 0.672 without it,
-# and from 0.691 to 0.692 where it counts a quarter to once as much.
+# amazon), BoolQ, QED (Natural Questions), SelQA, HotpotQA, PolicyQA, MedQuAD: bench/results/mini-curve.json. Expected
+# calibration error on unseen queries: 0.031. The overlap counts half as much as the cosine: on the same sets the mean
+# nDCG@10 is 0.672 without it, and from 0.691 to 0.692 where it counts a quarter to once as much.
 MINI_COSINE_SCALE = 5.854
 MINI_OVERLAP_SCALE = 2.927
 MINI_COSINE_BIAS = -3.982
