@@ -620,8 +620,10 @@ def test_each_key_of_the_file_opens_and_nothing_else(locked: Running, header: by
 def test_health_needs_no_key_and_everything_else_does(locked: Running) -> None:
     for path, methods in locked.server.application.routes.items():
         for method in methods:
-            status = locked.request(method, path, b"{}" if method == "POST" else None)[0]
-            assert (status != 401) is (path in server.OPEN_ROUTES), path
+            wire = Wire(locked.port)
+            wire.send(b"%b %b HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}" % (method.encode(), path.encode()))
+            assert (wire.answer().status != 401) is (path in server.OPEN_ROUTES), path
+            wire.close()
 
 
 @pytest.mark.parametrize("head", [
