@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import random
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--words", type=int, default=5, help="in each passage of the long run (default 5)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.memory: stopped"))  # so that its server is stopped as well
     machine = describe_machine(Path(sys.executable), "bench.memory")
     measurement = Measurement(arguments.file)
     measurement.default_use(arguments.data, arguments.lists)
