@@ -72,8 +72,7 @@ def onnxruntime(role: str, checkpoint: Path) -> Score:
         pairs = [(query, passage) for passage in passages]
         inputs = tokenizer(pairs, padding=True, truncation="only_second", max_length=MAX_LENGTH_TOKENS,
                            return_tensors="np")  # fmt: skip
-        names = ("input_ids", "attention_mask")
-        (logits,) = session.run(None, {name: inputs[name].astype("int64") for name in names})
+        (logits,) = session.run(None, {one.name: inputs[one.name].astype("int64") for one in session.get_inputs()})
         return [float(logit) for logit in logits[:, 0]]
 
     return lambda query, passages: by_length(score_batch, query, passages, ONNX_BATCH)
@@ -96,17 +95,18 @@ def int8_onnx(checkpoint: Path) -> Path:
 
 def export_onnx(checkpoint: Path, path: Path) -> None:
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(
         str(checkpoint), dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
+    names = AutoTokenizer.from_pretrained(str(checkpoint)).model_input_names
     ids = torch.tensor([[0, 5, 2, 2, 6, 7, 2], [0, 5, 2, 2, 6, 2, 1]])
-    mask = (ids != 1).long()
+    values = {"input_ids": ids, "attention_mask": (ids != 1).long(), "token_type_ids": torch.zeros_like(ids)}
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=MAX_LENGTH_TOKENS)
     torch.onnx.export(
-        model, (ids, mask), str(path), input_names=["input_ids", "attention_mask"], output_names=["logits"],
-        dynamic_shapes={"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
+        model, (), str(path), kwargs={name: values[name] for name in names}, input_names=names,
+        output_names=["logits"], dynamic_shapes={name: {0: batch, 1: length} for name in names},
         dynamo=True, external_data=True,
     )  # fmt: skip
 
