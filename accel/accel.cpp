@@ -1,10 +1,10 @@
 // An int8 engine for llama.cpp on x86 CPUs: a ggml backend of device type ACCEL that takes over the matrix products of
-// the layers, and what follows them at once (bias, GELU, GEGLU). llama.cpp offers every operation to it before the CPU
-// backend; what it does not take stays there.
+// the layers, what follows them at once (bias, GELU, GEGLU), and attention. llama.cpp offers every operation to it before
+// the CPU backend; what it does not take stays there.
 //
 // Weights become int8 once, with a scale per output row, in oneDNN's own layout. Activations become int8 with a scale
-// per token. The product is exact in int32; scales, bias and GELU are applied as oneDNN writes the result. So the score
-// of a pair does not depend on what else is in its batch.
+// per token. The product is exact in int32; scales, bias and GELU are applied while a block of it is in the cache.
+// Attention is float32, over the tokens that a pair may see. So its score does not depend on what else is in its batch.
 //
 // A value that is not finite makes its token's scale NaN, and so the whole row: a failure is never a score.
 //
@@ -157,13 +157,13 @@ struct Weights {
     int64_t columns;  // in a block
     std::vector<dnnl::memory> blocks;
     std::vector<float> scales;
+    size_t counted_bytes = 0;
 
-    size_t bytes() const {
-        size_t sum = scales.size() * sizeof(float);
-        for (const auto & block : blocks) sum += block.get_desc().get_size();
-        return sum;
+    void count() {
+        for (const auto & block : blocks) counted_bytes += block.get_desc().get_size();
+        copied_bytes += counted_bytes;
     }
-    ~Weights() { copied_bytes -= bytes(); }
+    ~Weights() { copied_bytes -= counted_bytes; }
 };
 
 // A product is cut into blocks of rows and columns whose operands fit a core's second-level cache. Each thread
@@ -219,8 +219,15 @@ class Products {
     }
 
     // The activations that were made int8 last are used again by the products that read the same tensor (query, key,
-    // value); a new graph may hold other values at the same place.
+    // value), until a new graph or the result of a node may hold other values at the same place.
     void forget_activations() { last_in = nullptr; }
+    void forget_activations_in(const ggml_tensor * written) {
+        const char *first = (const char *) written->data, *start = (const char *) last_in;
+        const char * end = start + last_rows * last_k * sizeof(float);
+        if (first < end && start < first + ggml_nbytes(written)) {
+            forget_activations();
+        }
+    }
 
   private:
     using dt = dnnl::memory::data_type;
@@ -283,7 +290,7 @@ class Products {
             dnnl::reorder(plain, made->blocks.back()).execute(stream, plain, made->blocks.back());
             stream.wait();
         }
-        copied_bytes += made->bytes();
+        made->count();
         drop_pages(tensor);
         return made;
     }
@@ -656,6 +663,7 @@ enum ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
             const bool is_needed = (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
             if (is_needed && node->op == GGML_OP_MUL_MAT) {
                 index += multiply(products, graph, index);
+                products.forget_activations_in(graph->nodes[index - 1]);
                 continue;
             }
             if (is_needed && node->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -663,6 +671,9 @@ enum ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
             }
             if (is_needed && (node->op == GGML_OP_ADD || node->op == GGML_OP_UNARY || node->op == GGML_OP_GLU)) {
                 apply_alone(node);
+            }
+            if (is_needed) {
+                products.forget_activations_in(node);
             }
             index++;
         }
