@@ -144,6 +144,7 @@ def test_minis_logit_is_its_cosine_and_the_overlap_as_the_reference_counts_it() 
     if not MINI.is_file() or not CHECKPOINT.is_dir():
         pytest.skip(f"{MINI} or its checkpoint is not there: `make mini` makes both")
     job = Job.open(CHECKPOINT)
+    assert job.metadata["rerank.first_piece_id"] == 1996, "BERT's id of 'the'"
     texts = [(pair.query, pair.passage) for pair in SCORED_PAIRS]
     engine = load_engine(MINI, max_length=256)
     try:
@@ -154,7 +155,8 @@ def test_minis_logit_is_its_cosine_and_the_overlap_as_the_reference_counts_it() 
         added = whole - np.array(engine.score(pairs))
     finally:
         engine.close()
-    assert model.first_piece_id == 1996, "BERT's id of 'the'; a file of an older version has none: `make mini`"
+    if not model.overlap_scale:
+        pytest.skip(f"{MINI} was made by an older version: `make mini` makes it again")
     expected = [model.overlap_scale * overlap(job.pairs, *text, model.first_piece_id) for text in texts]
     assert max(expected) - min(expected) > 0.5 * model.overlap_scale
     np.testing.assert_allclose(added, expected, rtol=0, atol=SAME_SUM)
