@@ -181,6 +181,27 @@ def test_a_stop_is_heard_whichever_thread_the_kernel_gives_the_signal_to(models:
     assert server.wait() == 0
 
 
+FLOOD = """
+import os, rerank_server, signal, sys, time
+stop = rerank_server.StopSignals()
+end = time.monotonic() + 0.5
+if (child := os.fork()) == 0:
+    while time.monotonic() < end + 30:
+        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGINT)
+while time.monotonic() < end:
+    stop.wait()
+os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_signals_may_interrupt_each_other() -> None:
+    """Under `make run` the terminal and make both send Ctrl-C: a server whose handler took a lock hung now and then,
+    and could only be killed."""
+    done = subprocess.run([sys.executable, "-c", FLOOD], cwd=ROOT, capture_output=True, text=True, timeout=25)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def test_no_model_at_all_ends_with_one_line_that_says_what_to_run(tmp_path: Path) -> None:
     done = run("--models", tmp_path)
     assert done.returncode == 1
