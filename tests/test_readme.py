@@ -262,7 +262,7 @@ def test_make_knows_the_commands_that_are_not_run_here() -> None:
 
 def without_figures(report: str) -> list[str]:
     """Its lines without numbers, folders, and the example at the end."""
-    lines = report.partition("  curl")[0].splitlines()
+    lines = re.sub(r"int8 engine.*", "int8 engine", report.partition("  curl")[0]).splitlines()  # built here, or not
     return [re.sub(r"[\d.,]+", "#", re.sub(r"\S+/(\S+\.gguf)", r"\1", line)) for line in lines]
 
 
