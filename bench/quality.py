@@ -7,7 +7,8 @@ candidates, and any number of them are compared in one table:
     mini, m3, gemma         the file that the server would take for the role, from --models
     two-stage               m3 for all candidates, then gemma for the best --llm-top-n
     http://HOST:PORT        a running server that answers Cohere's and Jina's clients, on /v1/rerank or the path that is
-                            given; what stands after a ? goes into the body: http://HOST:PORT/v2/rerank?use_llm=true
+                            given; what stands after a ? goes into the body: http://HOST:PORT/v2/rerank?use_llm=true;
+                            a key in the environment variable RERANK_API_KEY goes along as a bearer token
     int8:SYSTEM             a file or a role with the int8 engine (`make accel`); strict:SYSTEM with its strict mode
     NAME=SYSTEM             any of these, with a name of its own in the table
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
 import sys
 import time
@@ -158,7 +160,10 @@ class ServerScorer:
         return [found[row][0] for row in best_first([score for _, score in found])]
 
     def _ask(self, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("RERANK_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:
                 return json.load(answer)

@@ -16,6 +16,7 @@ import ir_measures
 import numpy as np
 import pytest
 from ir_measures import RR, R, nDCG
+from server_process import ServerProcess
 
 from bench import beir, metrics, quality
 
@@ -181,6 +182,22 @@ def test_roles_and_two_stages_stand_in_one_table(gguf_of: Callable[..., Path], t
     assert [row["name"] for row in systems] == ["BM25", "bi", "xlmr", "gemma", "two-stage (3)"]
     assert systems[4]["files"] == ["xlmr.gguf", "gemma.gguf"]
     assert set(systems[4]["against"]) == {"BM25", "bi"}
+
+
+def test_a_server_with_a_key_is_asked_with_it(
+    gguf_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deployed server has one; without it the answer is one line that says 401."""
+    server = ServerProcess("--m3", gguf_of("bi"), "--threads", "1", RERANK_API_KEY="secret")
+    try:
+        scorer = quality.ServerScorer(server.url)
+        monkeypatch.delenv("RERANK_API_KEY", raising=False)
+        with pytest.raises(quality.UnusableError, match="answered 401"):
+            scorer.order("q", ["one", "two"])
+        monkeypatch.setenv("RERANK_API_KEY", "secret")
+        assert sorted(scorer.order("q", ["one", "two"])) == [0, 1]
+    finally:
+        server.stop()
 
 
 def test_two_stages_rank_the_best_by_the_second_and_the_rest_after_them() -> None:
