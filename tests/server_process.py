@@ -62,3 +62,8 @@ class ServerProcess:
         """Until it has stopped: its exit status."""
         _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)
         return self._process.returncode
+
+    def kill(self) -> None:
+        """If it still runs."""
+        self._process.kill()
+        self._process.wait()

@@ -11,6 +11,7 @@ the server stops with status 0, both times. Exit status 0 when all of it did; th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import platform
@@ -84,18 +85,19 @@ class Soak:
         self._lock = threading.Lock()  # guards the counts
         self._is_over, self._is_down, self.may_use_gemma = threading.Event(), threading.Event(), threading.Event()
         self._folder = tempfile.TemporaryDirectory()
-        self._port, self._n_logs = 0, 0
+        self._port = 0
+        self._servers: list[ServerProcess] = []
         self._rss_bytes: list[float] = []
 
     # -- the server ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> ServerProcess:
-        self._n_logs += 1
         arguments = ["--m3", self.files["m3"], "--gemma", self.files["gemma"], "--threads", 1, "--cache-mb", 0,
                      "--unload-idle-s", UNLOAD_IDLE_S, "--max-queue-tokens", MAX_QUEUE_TOKENS,
                      "--max-body-mb", MAX_BODY_MB, "--max-bodies-mb", 64]  # fmt: skip
-        with Path(self._folder.name, f"{self._n_logs}.log").open("wb") as log:
+        with Path(self._folder.name, f"{len(self._servers)}.log").open("wb") as log:
             server = ServerProcess(*map(str, arguments), stderr=log)
+        self._servers.append(server)
         self._port = int(server.url.rpartition(":")[2])
         return server
 
@@ -104,16 +106,31 @@ class Soak:
 
     def _stop(self, server: ServerProcess, why: str) -> None:
         started = time.monotonic()
-        status = server.stop()
+        try:
+            status: int | str = server.stop()
+        except subprocess.TimeoutExpired:
+            server.kill()
+            status = "none, it had to be killed"
         self.notes.append(f"{why}: exit status {status} after {time.monotonic() - started:.1f} s")
         if status != 0:
             self.failures.append(f"{why}: exit status {status}")
 
     def run(self) -> Soak:
+        with self._folder:
+            try:
+                self._run()
+            finally:
+                self._is_over.set()
+                for server in self._servers:
+                    server.kill()
+        return self
+
+    def _run(self) -> None:
         """Start, idle scores, load, SIGTERM under load, a new server, load, idle again, stop."""
         server = self._start()
         self._learn(server)
-        clients = [threading.Thread(target=self._client, args=(n,), name=f"client-{n}") for n in range(CLIENTS)]
+        clients = [threading.Thread(target=self._client, args=(n,), name=f"client {n}", daemon=True)
+                   for n in range(CLIENTS)]  # fmt: skip
         for client in clients:
             client.start()
         self._load_for(self.seconds / 2)
@@ -133,8 +150,6 @@ class Soak:
         self._check_scores_again(server)
         self._stop(server, "SIGTERM when idle")
         self._check_logs()
-        self._folder.cleanup()
-        return self
 
     def _load_for(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -256,6 +271,12 @@ def message(path: str, body: Any, *headers: str, is_last: bool = True) -> bytes:
     return "\r\n".join([*lines, *(["Connection: close"] if is_last else []), "", ""]).encode() + payload
 
 
+def send(connection: socket.socket, data: bytes) -> None:
+    """A server that stops may close before it has read all. What it answered, or that it closed, is read afterwards."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.sendall(data)
+
+
 def answer(connection: socket.socket, is_last: bool = True) -> tuple[int | None, Any]:
     """One answer; when it was the last one, nothing may follow it."""
     if not connection.recv(1, socket.MSG_PEEK):
@@ -278,7 +299,7 @@ def drawn(soak: Soak, draw: random.Random, most: int) -> tuple[int, list[int]]:
 
 def exchange(soak: Soak, data: bytes) -> tuple[int | None, Any]:
     with closing(soak.connect()) as connection:
-        connection.sendall(data)
+        send(connection, data)
         return answer(connection)
 
 
@@ -330,7 +351,7 @@ def hangs_up(soak: Soak, draw: random.Random) -> int | None:
     q, ps = drawn(soak, draw, 200)
     data = message("/rerank", {"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]})
     with closing(soak.connect()) as connection:
-        connection.sendall(data[: draw.choice([10, len(data) // 2, len(data), len(data)])])
+        send(connection, data[: draw.choice([10, len(data) // 2, len(data), len(data)])])
         time.sleep(draw.choice([0, 0.02, 0.3]))
     return None
 
@@ -338,8 +359,9 @@ def hangs_up(soak: Soak, draw: random.Random) -> int | None:
 def half_closes(soak: Soak, draw: random.Random) -> int | None:
     q, ps = drawn(soak, draw, 40)
     with closing(soak.connect()) as connection:
-        connection.sendall(message("/rerank", {"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}))
-        connection.shutdown(socket.SHUT_WR)
+        send(connection, message("/rerank", {"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}))
+        with contextlib.suppress(OSError):  # see send
+            connection.shutdown(socket.SHUT_WR)
         status, found = answer(connection)
     if status == 200:
         for p, score in zip(ps, found, strict=True):
@@ -352,13 +374,13 @@ def in_slow_chunks(soak: Soak, draw: random.Random) -> int | None:
     payload = json.dumps({"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}).encode()
     step = len(payload) // draw.randint(1, 8) + 1
     with closing(soak.connect()) as connection:
-        connection.sendall(b"POST /rerank HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
-                           b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
+        head = b"POST /rerank HTTP/1.1\r\nHost: soak\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        send(connection, head)
         for start in range(0, len(payload), step):
             piece = payload[start : start + step]
-            connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+            send(connection, b"%x\r\n%b\r\n" % (len(piece), piece))
             time.sleep(draw.uniform(0, 0.2))
-        connection.sendall(b"0\r\n\r\n")
+        send(connection, b"0\r\n\r\n")
         status, found = answer(connection)
     if status == 200:
         for p, score in zip(ps, found, strict=True):
@@ -370,11 +392,11 @@ def stays(soak: Soak, draw: random.Random) -> int | None:
     """Three requests on one connection, the last two at once."""
     body = {"query": soak.queries[0], "passages": [soak.passages[0]]}
     with closing(soak.connect()) as connection:
-        connection.sendall(message("/rerank", body, is_last=False))
+        send(connection, message("/rerank", body, is_last=False))
         status, _ = answer(connection, is_last=False)
         if status is None or soak._is_down.is_set():
             return status
-        connection.sendall(message("/rerank", body, is_last=False) + message("/rerank", body))
+        send(connection, message("/rerank", body, is_last=False) + message("/rerank", body))
         received = b""
         while data := connection.recv(65536):
             received += data
