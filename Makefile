@@ -16,10 +16,10 @@ LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|F
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
-.PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients
+.PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients cluster cluster-demo
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## make .venv with everything that serving and converting need
 
@@ -38,6 +38,11 @@ verify: mini ## compare the mini model's quantisations with float32: token ids, 
 	$(BIN)/python -m convert mini --quant F32 F16 Q8_0 Q5_0 --out build/verify
 
 clients: $(VENV)/.installed-clients ## install other projects' rerank clients, which some tests drive when they are there
+
+cluster: $(VENV)/.installed-cluster ## install what cluster/ needs (Ray), which some tests use when it is there
+
+cluster-demo: cluster mini ## start a cluster of three nodes on this machine, ask it, and score a file with it
+	$(BIN)/python -m cluster.demo
 
 test: $(VENV)/.installed-dev mini ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -74,6 +79,10 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 
 $(VENV)/.installed-clients: requirements-clients.lock $(VENV)/.installed-dev
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-clients.lock
+	@touch $@
+
+$(VENV)/.installed-cluster: requirements-cluster.lock $(VENV)/.installed
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-cluster.lock
 	@touch $@
 
 $(BIN)/python:
@@ -124,3 +133,4 @@ lock: ## resolve the dependencies again into the locks (needs uv)
 	$(RESOLVE) --extra convert --extra bench --extra test -c requirements-clients.lock pyproject.toml \
 		-o requirements-dev.lock
 	$(RESOLVE) accel/requirements.in -o accel/requirements.lock
+	$(RESOLVE) --extra cluster -c requirements-clients.lock pyproject.toml -o requirements-cluster.lock
