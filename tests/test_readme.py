@@ -152,6 +152,10 @@ def test_the_types_that_it_names_can_be_made() -> None:
 NOT_RUN = {
     "make test": "it is what runs this",
     "make convert": "takes the real checkpoints, 2.3 and 10 GB; tests/test_convert.py runs the command on tiny ones",
+    "pip install '.[cluster]'": "Ray is installed by `make cluster`",
+    "make cluster-demo": "a cluster; tests/test_cluster.py starts the same one",
+    "serve run": "needs a cluster; tests/test_cluster.py runs the command in one",
+    "python -m cluster.batch": "needs a list of pairs; tests/test_cluster.py runs the command in a cluster",
     "CMAKE_ARGS=": "needs the CUDA toolkit",
     ".venv/bin/python rerank_server.py --gpu-layers": "needs a GPU",
     "docker": "needs a container builder; the container tests build and run the image",
