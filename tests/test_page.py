@@ -130,6 +130,15 @@ def both(gguf_of: Gguf) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
+def keyed(gguf_of: Gguf) -> Iterator[ServerProcess]:
+    """The same with an API key, k-1."""
+    files = ("--m3", gguf_of("xlmr"), "--gemma", gguf_of("gemma"))
+    process = ServerProcess(*files, "--threads", "1", RERANK_API_KEY="k-1")
+    yield process
+    assert process.stop() == 0
+
+
+@pytest.fixture
 def faked() -> Iterator[Running]:
     """A server with a fake m3, which scores by the number of words, and a gemma that cannot be loaded."""
     running = Running(with_gemma=True)
@@ -476,18 +485,16 @@ def test_a_ranking_can_be_downloaded(both: ServerProcess, visit: OpenPage, tmp_p
 
 
 @browser_test
-def test_the_copied_code_runs_and_gives_the_scores(visit: OpenPage, gguf_of: Gguf) -> None:
+def test_the_copied_code_runs_and_gives_the_scores(keyed: ServerProcess, visit: OpenPage) -> None:
     """Quotation marks, backslashes and $ of a passage must survive a shell and Python."""
     texts = ["it's \"quoted\" \\n $HOME `id`", "line\nend \u2028 and 😀", "plain"]
-    files = ("--m3", gguf_of("xlmr"), "--gemma", gguf_of("gemma"))
-    process = ServerProcess(*files, "--threads", "1", RERANK_API_KEY="k-1")
-    tab = visit(process.url)
+    tab = visit(keyed.url)
     tab.page.get_by_text("API key", exact=False).first.click()
     tab.page.get_by_label("API key").fill("k-1")
     tab.fill("what's up?", json.dumps(texts))
     tab.rank()
     request = urllib.request.Request(
-        f"{process.url}/rerank", json.dumps({"query": "what's up?", "passages": texts, "use_llm": True}).encode(),
+        f"{keyed.url}/rerank", json.dumps({"query": "what's up?", "passages": texts, "use_llm": True}).encode(),
         {"Authorization": "Bearer k-1"},
     )  # fmt: skip
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -506,7 +513,6 @@ def test_the_copied_code_runs_and_gives_the_scores(visit: OpenPage, gguf_of: Ggu
         else:
             assert done.stdout.startswith(f"{max(scores):.4f}  {texts[ranks_of(scores)[0]]}")
     assert json.loads(tab.code("JSON")) == {"query": "what's up?", "passages": texts, "use_llm": True}
-    assert process.stop() == 0
 
 
 # -- The key, the keyboard, small screens, the dark --------------------------------------------------------------------
