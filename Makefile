@@ -11,8 +11,9 @@ LLAMA_VERSION := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requir
 # What a reranker does not need is left out of the build: mtmd/LLaVA, the tools, and (build/llama-options.cmake)
 # llama.cpp's "common" library, which only its tools use. CMAKE_ARGS="-DGGML_CUDA=on" make install: for a GPU.
 LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(CMAKE_ARGS)
-# The build is for this CPU (GGML_NATIVE), so the kept wheel is named by version, options and CPU.
-LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null) | cksum | cut -d' ' -f1)
+# The build is for this CPU, unless GGML_NATIVE=OFF, so the kept wheel is named by version, options and CPU.
+LLAMA_CPU := $(if $(findstring GGML_NATIVE=OFF,$(CMAKE_ARGS)),,grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null)
+LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; $(LLAMA_CPU)) | cksum | cut -d' ' -f1)
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 

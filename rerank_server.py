@@ -146,7 +146,10 @@ class Settings:
     port: int = _setting(8000, "port to listen on; 0 takes a free one", 0, 65535)
     m3: Path | None = _setting(None, "GGUF file for the m3 role; default: found in --models")
     gemma: Path | None = _setting(None, "GGUF file for the gemma role; default: found in --models")
-    models: Path = _setting(Path(__file__).resolve().parent / "models", "folder in which GGUF files are looked for")
+    models: str = _setting(
+        str(Path(__file__).resolve().parent / "models"),
+        f"folders in which GGUF files are looked for, with {os.pathsep} between them; an earlier one goes before a later",
+    )
     calibration: Path | None = _setting(None, "JSON file of bench.calibrate: scores are probabilities on judged data")
     max_length: int = _setting(
         1024, "longest pair in tokens; longer ones are truncated as the reference does",
@@ -242,6 +245,10 @@ class Settings:
             files = f"--tls-cert {self.tls_cert}, --tls-key {self.tls_key}"
             raise SettingsError(f"{files}: no PEM certificate with its unencrypted key: {error}") from None
         return context
+
+    @functools.cached_property
+    def model_folders(self) -> list[Path]:
+        return [Path(folder) for folder in self.models.split(os.pathsep) if folder]
 
     @functools.cached_property
     def tuning(self) -> Tuning:
@@ -1823,6 +1830,19 @@ def _on_native_log(level: int, text: bytes, user_data: Any) -> None:
 
 llama.llama_log_set(_on_native_log, ctypes.c_void_p(0))
 
+ggml_backend_reg_count = _native("ggml_backend_reg_count", _S)
+ggml_backend_load_all_from_path = _native("ggml_backend_load_all_from_path", None, _C)
+
+
+def load_backends() -> None:
+    """A portable build of llama.cpp (GGML_BACKEND_DL) has one CPU library for each instruction set, and begins with none
+    of them: the best for this CPU is taken here, since llama-cpp-python does not. Nothing to do in any other build."""
+    if ggml_backend_reg_count() == 0:
+        ggml_backend_load_all_from_path(os.fsencode(Path(llama_cpp.__file__).parent / "lib"))
+
+
+load_backends()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The int8 engine (accel/): a library that takes the matrix products of the layers from llama.cpp, where it is built
@@ -2904,15 +2924,15 @@ class Roles:
 
     @staticmethod
     def find(settings: Settings) -> Roles:
-        """Takes the files named by flags, else those in the models folder. Raises ModelError when none serves m3."""
-        found = {} if settings.m3 and settings.gemma else files_by_kind(settings.models)
+        """Takes the files named by flags, else those in the models folders. Raises ModelError when none serves m3."""
+        found = {} if settings.m3 and settings.gemma else files_by_kind(settings.model_folders)
         m3 = _describe_for(settings.m3, CROSS_ENCODER, BI_ENCODER) or newest(found, CROSS_ENCODER)
         mini = None if m3 else newest(found, BI_ENCODER)
         gemma = _describe_for(settings.gemma, YES_LOGIT) or newest(found, YES_LOGIT)
         first = m3 or mini
         if first is None:
             raise ModelError(
-                f"no model in {settings.models}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
+                f"no model in {' or '.join(map(str, settings.model_folders))}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
                 "`make mini` for the small one that needs no Hub"
             )
         models = [first, *([gemma] if gemma else [])]
@@ -2957,11 +2977,10 @@ def _describe_for(path: Path | None, *kinds: str) -> ModelDescription | None:
     return description
 
 
-def files_by_kind(folder: Path) -> dict[str, list[ModelDescription]]:
-    """Every servable GGUF file in the folder, newest first; one that is not is named in the log and left alone."""
+def files_by_kind(folders: Iterable[Path]) -> dict[str, list[ModelDescription]]:
+    """Every servable GGUF file, folder by folder, newest first; one that is not is named in the log and left alone."""
     found: dict[str, list[ModelDescription]] = {}
-    files = [path for path in folder.glob("*.gguf") if path.is_file()]
-    for path in sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+    for path in itertools.chain.from_iterable(map(_gguf_files, folders)):
         try:
             description = describe(GgufFile.open(path))
         except ModelError as error:
@@ -2971,8 +2990,13 @@ def files_by_kind(folder: Path) -> dict[str, list[ModelDescription]]:
     return found
 
 
+def _gguf_files(folder: Path) -> list[Path]:
+    files = [path for path in folder.glob("*.gguf") if path.is_file()]
+    return sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+
+
 def newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescription | None:
-    """The file that was made last; for cross-encoders a real m3 goes before any other."""
+    """The file that was made last in the first folder that has one; for cross-encoders a real m3 goes before any other."""
     candidates = sorted(found.get(kind, []), key=lambda description: "reranker-v2-" not in description.name)
     return candidates[0] if candidates else None
 

@@ -228,7 +228,7 @@ def find_system(word: str, settings: rerank_server.Settings, llm_top_n: int) -> 
 def _role(name: str, role: str, settings: rerank_server.Settings, llm_top_n: int) -> System:
     """The file that the server would take, found as it finds them."""
     kinds = {"mini": rerank_server.BI_ENCODER, "m3": rerank_server.CROSS_ENCODER, "gemma": rerank_server.YES_LOGIT}
-    found = rerank_server.files_by_kind(settings.models)
+    found = rerank_server.files_by_kind(settings.model_folders)
     paths = []
     for needed in ("m3", "gemma") if role == "two-stage" else (role,):
         description = rerank_server.newest(found, kinds[needed])
@@ -464,7 +464,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bm25s", action="store_true", help="make the candidates, even if some lie in DIR")
     parser.add_argument("--top-k", type=int, default=50, help="candidates that are reranked (default 50)")
     parser.add_argument("--queries", type=int, metavar="N", help="only so many of each collection (default: all)")
-    parser.add_argument("--models", type=Path, default=rerank_server.Settings.models, help="where roles are looked for")
+    parser.add_argument("--models", default=rerank_server.Settings.models, help="where roles are looked for")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of the longest pair (default 1024)")
     parser.add_argument("--threads", type=int, default=0, help="default: one for each core")
 
