@@ -10,9 +10,11 @@ BIN := $(VENV)/bin
 LLAMA_VERSION := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements.lock)
 # What a reranker does not need is left out of the build: mtmd/LLaVA, the tools, and (build/llama-options.cmake)
 # llama.cpp's "common" library, which only its tools use. CMAKE_ARGS="-DGGML_CUDA=on" make install: for a GPU.
-LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(CMAKE_ARGS)
-# The build is for this CPU, unless GGML_NATIVE=OFF, so the kept wheel is named by version, options and CPU.
-LLAMA_CPU := $(if $(findstring GGML_NATIVE=OFF,$(CMAKE_ARGS)),,grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null)
+# PORTABLE=1: for any CPU of this architecture, one library for each of its instruction sets, the best taken at start.
+LLAMA_PORTABLE := -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DCMAKE_INSTALL_BINDIR=llama_cpp/lib
+LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(if $(PORTABLE),$(LLAMA_PORTABLE)) $(CMAKE_ARGS)
+# Other builds are for this CPU, so the kept wheel is named by version, options and CPU.
+LLAMA_CPU := $(if $(findstring GGML_NATIVE=OFF,$(LLAMA_OPTIONS)),,grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null)
 LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; $(LLAMA_CPU)) | cksum | cut -d' ' -f1)
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
@@ -129,6 +131,7 @@ RESOLVE := uv pip compile -q --universal --python-version 3.10 --generate-hashes
 # The locks are made with `uv pip compile`; run this after changing the dependencies in pyproject.toml.
 lock: ## resolve the dependencies again into the locks (needs uv)
 	$(RESOLVE) --extra convert pyproject.toml -o requirements.lock
+	$(RESOLVE) -c requirements.lock --no-emit-package llama-cpp-python pyproject.toml -o requirements-server.lock
 	$(RESOLVE) --extra convert --extra bench --extra test --extra clients -c requirements.lock pyproject.toml \
 		-o requirements-clients.lock
 	$(RESOLVE) --extra convert --extra bench --extra test -c requirements-clients.lock pyproject.toml \

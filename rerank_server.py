@@ -148,7 +148,7 @@ class Settings:
     gemma: Path | None = _setting(None, "GGUF file for the gemma role; default: found in --models")
     models: str = _setting(
         str(Path(__file__).resolve().parent / "models"),
-        f"folders in which GGUF files are looked for, with {os.pathsep} between them; an earlier one goes before a later",
+        f"folders in which GGUF files are looked for, with {os.pathsep} between them; earlier ones go first",
     )
     calibration: Path | None = _setting(None, "JSON file of bench.calibrate: scores are probabilities on judged data")
     max_length: int = _setting(
@@ -1835,8 +1835,8 @@ ggml_backend_load_all_from_path = _native("ggml_backend_load_all_from_path", Non
 
 
 def load_backends() -> None:
-    """A portable build of llama.cpp (GGML_BACKEND_DL) has one CPU library for each instruction set, and begins with none
-    of them: the best for this CPU is taken here, since llama-cpp-python does not. Nothing to do in any other build."""
+    """A portable build of llama.cpp (GGML_BACKEND_DL) has one CPU library for each instruction set, and none is loaded
+    at first: the best for this CPU is taken here, since llama-cpp-python does not. Nothing to do in any other build."""
     if ggml_backend_reg_count() == 0:
         ggml_backend_load_all_from_path(os.fsencode(Path(llama_cpp.__file__).parent / "lib"))
 
@@ -2932,8 +2932,8 @@ class Roles:
         first = m3 or mini
         if first is None:
             raise ModelError(
-                f"no model in {' or '.join(map(str, settings.model_folders))}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
-                "`make mini` for the small one that needs no Hub"
+                f"no model in {' or '.join(map(str, settings.model_folders))}: run `{MODEL_COMMANDS['m3']}` for "
+                "bge-reranker-v2-m3, or `make mini` for the small one that needs no Hub"
             )
         models = [first, *([gemma] if gemma else [])]
         maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
@@ -2996,7 +2996,7 @@ def _gguf_files(folder: Path) -> list[Path]:
 
 
 def newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescription | None:
-    """The file that was made last in the first folder that has one; for cross-encoders a real m3 goes before any other."""
+    """The file that was made last, in the first folder that has one; a real m3 goes before other cross-encoders."""
     candidates = sorted(found.get(kind, []), key=lambda description: "reranker-v2-" not in description.name)
     return candidates[0] if candidates else None
 
