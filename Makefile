@@ -12,14 +12,14 @@ LLAMA_VERSION := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requir
 # llama.cpp's "common" library, which only its tools use. CMAKE_ARGS="-DGGML_CUDA=on" make install: for a GPU.
 # PORTABLE=1: for any CPU of this architecture, one library for each of its instruction sets, the best taken at start.
 LLAMA_PORTABLE := -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DCMAKE_INSTALL_BINDIR=llama_cpp/lib
-LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(if $(PORTABLE),$(LLAMA_PORTABLE)) $(CMAKE_ARGS)
+LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(if $(PORTABLE),$(LLAMA_PORTABLE) )$(CMAKE_ARGS)
 # Other builds are for this CPU, so the kept wheel is named by version, options and CPU.
 LLAMA_CPU := $(if $(findstring GGML_NATIVE=OFF,$(LLAMA_OPTIONS)),,grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null)
 LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; $(LLAMA_CPU)) | cksum | cut -d' ' -f1)
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
-.PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients cluster cluster-demo
+.PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients cluster cluster-demo image
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -66,6 +66,10 @@ soak: $(VENV)/.installed-dev ## load and faults for a while: 64 clients (ARGS="-
 accel: $(VENV)/.installed ## build the int8 engine that the server then uses (x86-64; about a minute)
 	@if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) --no-print-directory accel/lib/.built; \
 		else echo "The int8 engine is for x86-64 CPUs; here llama.cpp computes by itself, and nothing is built."; fi
+
+# Without docker: buildah in a chroot, which needs no daemon. BASE: another Debian; TARGET=cuda: the image for NVIDIA GPUs.
+image: ## build the container image rerank-server:latest with docker, else with buildah (BASE=... TARGET=cuda)
+	@container/build $(if $(BASE),--build-arg BASE=$(BASE)) --target $(or $(TARGET),server) $(ARGS)
 
 clean: ## remove .venv and what was built; models and the compiled wheel stay
 	rm -rf $(VENV) build accel/lib .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

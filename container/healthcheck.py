@@ -1,4 +1,4 @@
-"""The container's HEALTHCHECK: exit status 0 when GET /ready answers 200. Knows the port and TLS from the environment."""
+"""The container's HEALTHCHECK: status 0 when GET /ready answers 200. Port and TLS are those of the environment."""
 
 from __future__ import annotations
 
