@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 import rerank_server
-from rerank_server import ModelError, Role, Roles, Settings, SettingsError
+from rerank_server import OFF, ON, ModelError, Role, Roles, Settings, SettingsError
 
 Values = Mapping[str, Any]  # name -> value, as in rerank_server.Settings
 KNOWN = tuple(field.name for field in dataclasses.fields(Settings))
@@ -22,9 +22,16 @@ def settings_of(values: Values, refused: Iterable[str] = (), **fixed: Any) -> Se
         if name in refused or name not in KNOWN:
             known = ", ".join(sorted(set(KNOWN) - set(refused)))
             raise SettingsError(f"{name!r} is not set here; what can be set: {known}")
-    given = {name: value if value is None or isinstance(value, bool) else str(value) for name, value in values.items()}
+    given = {name: _given(name, value) for name, value in values.items()}
     arguments = argparse.Namespace(**{**dict.fromkeys(KNOWN), **given})
     return dataclasses.replace(rerank_server.read_settings(arguments, {}), **fixed)
+
+
+def _given(name: str, value: Any) -> Any:
+    """As a flag would bring it. YAML 1.1 reads on and off, which some settings take, as booleans."""
+    if isinstance(value, bool) and not isinstance(getattr(Settings, name), bool):
+        return ON if value else OFF
+    return value if value is None or isinstance(value, bool) else str(value)
 
 
 def actor_settings(values: Values, refused: Iterable[str] = ()) -> Settings:

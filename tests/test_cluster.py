@@ -185,7 +185,7 @@ def test_a_pair_that_the_model_cannot_score_costs_no_other(
     poison = json.dumps({"query": "a", "passage": "poison " * 100}).encode() + b"\n"
     source = open_source(write_pairs(tmp_path / "x.jsonl", 10, {4: poison}), None, needs_ids=False)
     (part,) = source.parts(100)
-    scorer = Scorer("m3", Settings(m3=small, max_length=64, threads=1))
+    scorer = Scorer("m3", Settings(m3=small, max_length=64, threads=1, accel="off"))
     scorer._engine = Poisoned(scorer._engine, fails)  # type: ignore[assignment]
     score_part(part, scorer, source, folder := Folder(tmp_path))
     (table,) = folder.tables()
@@ -237,7 +237,8 @@ BAD = {n * 3000 + 17: line for n, line in enumerate(BAD_LINES)}
 
 @pytest.fixture(scope="module")
 def batch_arguments(small: Path) -> list[str]:
-    return ["--set", f"m3={small}", "--set", "max_length=64", "--threads", "1", "--part-rows", str(PART_ROWS)]
+    return ["--set", f"m3={small}", "--set", "max_length=64", "--set", "accel=off", "--threads", "1",
+            "--part-rows", str(PART_ROWS)]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def expected(small: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
 
     folder = tmp_path_factory.mktemp("expected")
     source = open_source(write_pairs(folder / "pairs.jsonl", N_PAIRS, BAD), None, needs_ids=False)
-    scorer = Scorer("m3", Settings(m3=small, max_length=64, threads=1))
+    scorer = Scorer("m3", Settings(m3=small, max_length=64, threads=1, accel="off"))
     for part in source.parts(PART_ROWS):
         score_part(part, scorer, source, Folder(folder))
     scorer.close()
@@ -353,7 +354,7 @@ def test_candidates_of_a_run_become_a_run(
 def logits_of_the_server(file: Path, pairs: list[dict[str, str]]) -> list[float]:
     from cluster.settings import find_role
 
-    role = find_role("m3", Settings(m3=file, max_length=64, threads=1))
+    role = find_role("m3", Settings(m3=file, max_length=64, threads=1, accel="off"))
     request = RerankRequest(tuple(p["query"] for p in pairs), tuple(p["passage"] for p in pairs))
     logits = [result.logit for result in role.score(request, range(len(pairs)))]
     role.close()
@@ -365,7 +366,8 @@ def logits_of_the_server(file: Path, pairs: list[dict[str, str]]) -> list[float]
 
 @pytest.fixture(scope="module")
 def arguments(gguf_of: Gguf) -> dict[str, Any]:
-    return {"m3": str(gguf_of("xlmr")), "gemma": str(gguf_of("gemma")), "max_length": 256, "api_key": KEY}
+    return {"m3": str(gguf_of("xlmr")), "gemma": str(gguf_of("gemma")), "max_length": 256, "api_key": KEY,
+            "accel": "off"}
 
 
 @pytest.fixture(scope="module")
