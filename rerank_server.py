@@ -75,6 +75,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 # OpenMP's threads otherwise spin while they wait for each other, and a second busy process on the machine makes each
 # barrier wait for a whole time slice: 11.8 s became 4.1 s on two shared cores, and nothing changed on idle ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when libgomp is loaded, so before the import
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds: 8 % faster, and no slower beside a busy process
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # no debugger is started when llama.cpp aborts
 
 import llama_cpp
