@@ -34,6 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ALSO_OURS = {"m3": ["IQ4_XS"], "gemma": [], "mini": []}  # served besides the default, to show what the type costs
 CLIENT_PASSAGES = 10  # in each request of the scenario with several clients
 REQUESTS_OF_ONE = 5  # single pairs in a round: one alone says little about latency
+SPARE_TOKENS = 8  # below the longest pair: engines differ in the specials that they add, and words are cut whole
 PAUSE_S = 0.2  # between engines: threads of the one that has just answered may still spin
 
 T = TypeVar("T")
@@ -99,12 +100,19 @@ def draw_rounds(file: Path, texts: Texts, scenarios: Sequence[Scenario], n_runs:
     try:
         rounds = []
         for scenario in [scenario for _ in range(n_runs) for scenario in scenarios]:
-            requests = [texts.request(scenario.n_passages) for _ in range(scenario.requests)]
+            requests = [shortened(texts.request(scenario.n_passages), engine) for _ in range(scenario.requests)]
             pairs = [pair for request in requests for pair in engine.pairs.make(request.query, request.passages)]
             rounds.append(Round(scenario, requests, sum(len(pair.ids) for pair in pairs)))
         return rounds
     finally:
         engine.close()
+
+
+def shortened(request: Request, engine: rerank_server.Engine) -> Request:
+    """With passages cut to what fits a pair: llama-server answers 500 to longer ones, where others cut them themselves."""
+    room = engine.pairs.room(request.query, MAX_LENGTH_TOKENS) - SPARE_TOKENS
+    cut = (passage[: engine.pairs.n_characters(passage, room)] for passage in request.passages)
+    return Request(request.query, tuple(cut))
 
 
 def measure(running: Running, round_: Round, samples: Samples) -> None:

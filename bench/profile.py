@@ -2,7 +2,8 @@
 machine's own peak.
 
 llama.cpp's eval callback stops after every node of the graph, so that each can be timed; that costs a few microseconds
-a node, and what the CPU backend would fuse is not fused. Matrix products are compared with the fastest float32 and int8
+a node, and what the CPU backend would fuse is not fused. With the int8 engine (--accel) a product and what it computes
+in the same pass are timed together. Matrix products are compared with the fastest float32 and int8
 products that PyTorch does on this machine, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
 """
 
@@ -47,7 +48,8 @@ class _Tensor(ctypes.Structure):
     _fields_ = (
         ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
         ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
+        ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
     )  # fmt: skip
 
 
@@ -65,11 +67,17 @@ class Cost:
 
 
 class Profiler:
-    """Times every node of the contexts that are opened while it is installed."""
+    """Times every node of the contexts that are opened while it is installed.
 
-    def __init__(self) -> None:
+    joins: whether a node that is read by the next one alone may be timed together with it (JOINED). A graph's nodes are
+    asked for one by one, so what follows one is known from the first decode: later ones have the same nodes.
+    """
+
+    def __init__(self, joins: bool) -> None:
         self.costs: dict[str, Cost] = defaultdict(Cost)
-        self._started = 0.0
+        self._joins, self._is_joined = joins, list[bool]()  # for each node of a graph, with the one that follows
+        self._group: list[_Tensor] = []
+        self._index, self._n_graphs, self._started = 0, 0, 0.0
         self._callback = llama.ggml_backend_sched_eval_callback(self._on_node)
 
     @contextlib.contextmanager
@@ -94,18 +102,49 @@ class Profiler:
         return costs
 
     def _on_node(self, address: int, is_question: bool, user_data: Any) -> bool:
-        if is_question:
+        return self._ask(address) if is_question else self._count()
+
+    def _ask(self, address: int) -> bool:
+        """Whether to stop after this node."""
+        node = _Tensor.from_address(address)
+        if _source(node, 0).name.startswith(b"token_embd"):  # the first node of a graph
+            self._index, self._n_graphs = 0, self._n_graphs + 1
+        elif self._n_graphs == 1:
+            self._is_joined.append(self._joins and _joined(self._last, node))
+        if not self._group:
             self._started = time.perf_counter()
-            return True
-        seconds = time.perf_counter() - self._started
-        cost = self.costs[_describe_operation(address).decode()]
+        self._group.append(node)
+        self._last, index, self._index = node, self._index, self._index + 1
+        return self._n_graphs < 2 or index >= len(self._is_joined) or not self._is_joined[index]
+
+    def _count(self) -> bool:
+        cost = self.costs[" + ".join(map(_operation, self._group))]
         cost.nodes += 1
-        cost.seconds += seconds
-        tensor = _Tensor.from_address(address)
-        if _describe_operation(address) == b"MUL_MAT":
-            n_inner, n_rows, n_columns = _Tensor.from_address(tensor.src[0]).ne[0], tensor.ne[0], tensor.ne[1]
-            cost.operations += 2.0 * n_inner * n_rows * n_columns * tensor.ne[2] * tensor.ne[3]
+        cost.seconds += time.perf_counter() - self._started
+        for node in self._group:
+            if _operation(node) == "MUL_MAT":
+                n_inner, n_rows, n_columns = _source(node, 0).ne[0], node.ne[0], node.ne[1]
+                cost.operations += 2.0 * n_inner * n_rows * n_columns * node.ne[2] * node.ne[3]
+        self._group.clear()
         return True
+
+
+def _operation(node: _Tensor) -> str:
+    described: bytes = _describe_operation(ctypes.addressof(node))
+    return described.decode()
+
+
+def _source(node: _Tensor, index: int) -> _Tensor:
+    return _Tensor.from_address(node.src[index]) if node.src[index] else _Tensor()
+
+
+def _joined(node: _Tensor, following: _Tensor) -> bool:
+    """Whether the int8 engine computes the two in one pass: a layer's product, its bias, its activation."""
+    kinds = _operation(node), _operation(following)
+    is_bias = _source(following, 1).name.startswith(b"blk.")
+    if kinds == ("MUL_MAT", "ADD") and is_bias:
+        return _source(node, 0).name.startswith(b"blk.")
+    return kinds in (("ADD", "GELU"), ("MUL_MAT", "GEGLU"))
 
 
 _PEAKS = """
@@ -136,7 +175,7 @@ def profile(
     file: Path, data: Path | None, n_passages: int, n_runs: int, accel: str = "off"
 ) -> tuple[dict[str, Cost], int]:
     """The median-time run of a list's decodes, and the list's tokens."""
-    profiler = Profiler()
+    profiler = Profiler(accel == "on")
     with profiler.installed():
         engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, accel=accel))
     request = read_texts(data).request(n_passages)
