@@ -69,15 +69,16 @@ class Cost:
 class Profiler:
     """Times every node of the contexts that are opened while it is installed.
 
-    joins: whether a node that is read by the next one alone may be timed together with it (JOINED). A graph's nodes are
-    asked for one by one, so what follows one is known from the first decode: later ones have the same nodes.
+    joins: whether nodes that the int8 engine computes in one pass are timed together. What follows a node is only known
+    when it was there once: from the second decode on.
     """
 
     def __init__(self, joins: bool) -> None:
         self.costs: dict[str, Cost] = defaultdict(Cost)
-        self._joins, self._is_joined = joins, list[bool]()  # for each node of a graph, with the one that follows
+        self._joins, self._followed = joins, set[tuple[str, bytes, bytes]]()  # nodes not to stop after
+        self._last: _Tensor | None = None
         self._group: list[_Tensor] = []
-        self._index, self._n_graphs, self._started = 0, 0, 0.0
+        self._started = 0.0
         self._callback = llama.ggml_backend_sched_eval_callback(self._on_node)
 
     @contextlib.contextmanager
@@ -107,15 +108,13 @@ class Profiler:
     def _ask(self, address: int) -> bool:
         """Whether to stop after this node."""
         node = _Tensor.from_address(address)
-        if _source(node, 0).name.startswith(b"token_embd"):  # the first node of a graph
-            self._index, self._n_graphs = 0, self._n_graphs + 1
-        elif self._n_graphs == 1:
-            self._is_joined.append(self._joins and _joined(self._last, node))
+        if self._joins and self._last is not None and _are_one_pass(self._last, node):
+            self._followed.add(_key(self._last))
         if not self._group:
             self._started = time.perf_counter()
         self._group.append(node)
-        self._last, index, self._index = node, self._index, self._index + 1
-        return self._n_graphs < 2 or index >= len(self._is_joined) or not self._is_joined[index]
+        self._last = node
+        return _key(node) not in self._followed
 
     def _count(self) -> bool:
         cost = self.costs[" + ".join(map(_operation, self._group))]
@@ -138,12 +137,19 @@ def _source(node: _Tensor, index: int) -> _Tensor:
     return _Tensor.from_address(node.src[index]) if node.src[index] else _Tensor()
 
 
-def _joined(node: _Tensor, following: _Tensor) -> bool:
-    """Whether the int8 engine computes the two in one pass: a layer's product, its bias, its activation."""
+def _key(node: _Tensor) -> tuple[str, bytes, bytes]:
+    """The same for a node in every graph of a context."""
+    return _operation(node), node.name, _source(node, 0).name
+
+
+def _are_one_pass(node: _Tensor, following: _Tensor) -> bool:
+    """Whether the int8 engine computes the two together: a layer's product, its bias, its activation."""
     kinds = _operation(node), _operation(following)
-    is_bias = _source(following, 1).name.startswith(b"blk.")
-    if kinds == ("MUL_MAT", "ADD") and is_bias:
-        return _source(node, 0).name.startswith(b"blk.")
+    if following.src[0] != ctypes.addressof(node):
+        return False
+    if kinds == ("MUL_MAT", "ADD"):
+        names: tuple[bytes, bytes] = _source(node, 0).name, _source(following, 1).name
+        return all(name.startswith(b"blk.") for name in names)
     return kinds in (("ADD", "GELU"), ("MUL_MAT", "GEGLU"))
 
 

@@ -86,7 +86,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
         chosen = [row for row in rows if row["axis"] == name]
         axis.plot([row["value"] for row in chosen], [row["tokens_per_second"] for row in chosen], marker="o")
         axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
+        axis.set_xticks([row["value"] for row in chosen], [str(row["value"]) for row in chosen])
+        axis.set_ylim(0, 1.1 * max(row["tokens_per_second"] for row in rows))
         axis.set_xlabel(name)
         axis.set_ylabel("tokens/s")
     figure.suptitle(title, fontsize=10)
