@@ -1,8 +1,9 @@
 """python -m bench.cluster FILE.gguf: throughput against replicas on Ray, beside the single server, on this machine.
 
 Each row is a fresh start: the single server, Ray Serve with one replica and more, and a batch job with as many actors,
-every one with one thread. The same requests each time, from twice as many clients as there are replicas. Then what a
-billion pairs cost on paper, by the figures of bench/results/m3.json. Writes bench/results/cluster.md and .json.
+every one with one thread and llama.cpp's own kernels. The same requests each time, from twice as many clients as there
+are replicas. Then what a billion pairs cost on paper, by the figures of bench/results/m3.json. Writes
+bench/results/cluster.md and .json.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def single(file: Path, requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def on_serve(nodes: Any, file: Path, requests: Sequence[Request], n: int, folder: Path) -> dict[str, Any]:
-    config = config_of({"m3": str(file), "cache_mb": 0}, {"M3": n})
+    config = config_of({"m3": str(file), "cache_mb": 0, "accel": "off"}, {"M3": n})
     with served(nodes, config, folder) as url:
         rate = measure_served(ask_at(url), requests, 2 * n)
         memory = memory_mb("ServeReplica:rerank:M3", n)
@@ -95,8 +96,8 @@ def in_batch(nodes: Any, file: Path, requests: Sequence[Request], n: int, folder
     rows = [{"query": request.query, "passage": passage} for request in requests for passage in request.passages]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = folder / f"scores-{n}.parquet"
-    command = [sys.executable, "-m", "cluster.batch", str(pairs), str(output), "--set", f"m3={file}", "--actors",
-               str(n), "--threads", "1", "--part-rows", str(PASSAGES)]  # fmt: skip
+    command = [sys.executable, "-m", "cluster.batch", str(pairs), str(output), "--set", f"m3={file}", "--set",
+               "accel=off", "--actors", str(n), "--threads", "1", "--part-rows", str(PASSAGES)]  # fmt: skip
     job = subprocess.Popen(command, env=environment_of(nodes), stderr=subprocess.DEVNULL)
     times: list[float] = []
     memory: dict[str, int] = {}
@@ -193,8 +194,8 @@ def write(file: Path, machine: dict[str, Any], rows: list[dict[str, Any]], folde
     lines = [
         "# On Ray", "", f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; {machine['cpus']} x "
         f"{machine['cpu']}, load at the start {machine['load_at_start']}; {file.name}", "",
-        "Every replica has one thread; all of them, the proxy, the ingress and the clients share these cores. One "
-        "run of each row.", "",
+        "Every replica has one thread and llama.cpp's own kernels; all of them, the proxy, the ingress and the clients "
+        "share these cores. One run of each row.", "",
         *report.table(rows, COLUMNS), "", *paper(),
     ]  # fmt: skip
     (folder / "cluster.md").write_text("\n".join(lines), encoding="utf-8")
