@@ -14,7 +14,7 @@ COPY Makefile requirements.lock ./
 # The compiled wheel stays in the cache mount: it is compiled once for a version of llama-cpp-python.
 RUN --mount=type=cache,target=/root/.cache/rerank-server make install PORTABLE=1
 COPY accel accel
-RUN make -o .venv/.installed accel
+RUN --mount=type=cache,target=/root/.cache/rerank-server make accel PORTABLE=1
 COPY convert convert
 COPY rerank_server.py ./
 RUN .venv/bin/python -m convert mini
@@ -41,7 +41,7 @@ WORKDIR /src
 COPY Makefile requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/rerank-server make install PORTABLE=1 CMAKE_ARGS=-DGGML_CUDA=ON
 COPY accel accel
-RUN make -o .venv/.installed accel
+RUN --mount=type=cache,target=/root/.cache/rerank-server make accel PORTABLE=1 CMAKE_ARGS=-DGGML_CUDA=ON
 COPY convert convert
 COPY rerank_server.py ./
 RUN .venv/bin/python -m convert mini

@@ -118,7 +118,7 @@ accel/lib/.built: accel/accel.cpp accel/CMakeLists.txt accel/requirements.lock $
 	@awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$$/{exit}' requirements.lock > build/accel/llama.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r accel/requirements.lock \
 		--ignore-installed --prefix build/accel/prefix
-	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes --no-binary :all: \
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes --no-binary llama-cpp-python \
 		-r build/accel/llama.txt -d build/accel
 	@tar -xzf build/accel/llama_cpp_python-*.tar.gz -C build/accel --strip-components=3 --wildcards \
 		'*/vendor/llama.cpp/ggml/include/*.h' '*/vendor/llama.cpp/ggml/src/*.h'
