@@ -126,15 +126,16 @@ def test_the_programs_that_it_names_take_the_flags_that_it_names() -> None:
     checked = 0
     for text in DOCUMENTS.values():
         code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
-        commands = re.findall(r"(?<![\w-])python (?:-m )?(\w[\w./]*(?:\.py)?)((?:(?!python )[^`])*)", code)
-        for program, rest in commands:
+        command = r"(?<![\w-])(?:cd (\w+); )?python (?:-m )?(\w[\w./]*(?:\.py)?)((?:(?!python )[^`])*)"
+        for folder, program, rest in re.findall(command, code):
             if program == "rerank_server.py" or program in PROGRAMS:
                 for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", rest):
                     assert re.search(rf"{flag}\b", help_of(program)), (program, flag)
                     checked += 1
             else:
                 path = program if program.endswith(".py") else f"{program.replace('.', '/')}.py"
-                assert (ROOT / path).exists() or (ROOT / path).with_suffix("").is_dir(), program
+                named = ROOT / folder / path
+                assert named.exists() or named.with_suffix("").is_dir(), program
     assert checked > 5
 
 
