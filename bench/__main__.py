@@ -30,7 +30,6 @@ from bench.texts import Request, Texts, read_texts
 from convert.models import MODELS, NAMED
 
 CACHE = checkpoints.ROOT / "build" / "bench"
-RESULTS = Path(__file__).resolve().parent / "results"
 ALSO_OURS = {"m3": ["IQ4_XS"], "gemma": [], "mini": []}  # served besides the default, to show what the type costs
 CLIENT_PASSAGES = 10  # in each request of the scenario with several clients
 REQUESTS_OF_ONE = 5  # single pairs in a round: one alone says little about latency
@@ -244,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 10, 100], help="passages in a request")
     parser.add_argument("--clients", type=int, default=4, help="clients at once (default 4; 1: leave that out)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where models are kept (default: build/bench)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (default: bench/results)")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="where results go (default: bench/results)")
     for name in ("hidden", "layers", "vocabulary"):
         parser.add_argument(f"--{name}", type=int, help="a smaller model than the true one")
     parser.add_argument("server_flags", nargs="*", metavar="FLAG", help="flags of rerank_server.py")

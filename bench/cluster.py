@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,9 +25,8 @@ from bench import report
 from bench.engines import Running, Setup, engines_of
 from bench.machine import describe_machine
 from bench.texts import Request, made_lists
-from cluster.local import config_of, environment_of, local_cluster, served
+from cluster.local import ask, config_of, environment_of, local_cluster, served
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PASSAGES = 4  # in a request, and rows in a part of the batch job
 POLL_S = 0.02
 COLUMNS = {
@@ -63,15 +61,6 @@ def measure_served(ask: Callable[[Request], Any], requests: Sequence[Request], n
     return n_pairs / (time.perf_counter() - started)
 
 
-def ask_at(url: str) -> Callable[[Request], Any]:
-    def ask(request: Request) -> Any:
-        body = json.dumps({"query": request.query, "passages": request.passages}).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/rerank", body), timeout=600) as answer:
-            return json.load(answer)
-
-    return ask
-
-
 def single(file: Path, requests: Sequence[Request]) -> dict[str, Any]:
     setup = Setup("m3", {"": file}, None, Path(sys.executable), ("--threads", "1", "--cache-mb", "0"))
     running = Running(engines_of("m3", [""], [])[0], setup)
@@ -85,7 +74,7 @@ def single(file: Path, requests: Sequence[Request]) -> dict[str, Any]:
 def on_serve(nodes: Any, file: Path, requests: Sequence[Request], n: int, folder: Path) -> dict[str, Any]:
     config = config_of({"m3": str(file), "cache_mb": 0, "accel": "off"}, {"M3": n})
     with served(nodes, config, folder) as url:
-        rate = measure_served(ask_at(url), requests, 2 * n)
+        rate = measure_served(lambda request: ask(url, request.query, request.passages), requests, 2 * n)
         memory = memory_mb("ServeReplica:rerank:M3", n)
     return {"what": "Ray Serve", "replicas": n, "pairs_per_second": rate, **memory}
 
@@ -142,7 +131,7 @@ def fresh(n_cpus: int) -> Iterator[tuple[Any, Path]]:
 
 def paper() -> list[str]:
     """The calculation, from what was measured on two cores."""
-    measured = json.loads((RESULTS / "m3.json").read_text())
+    measured = json.loads((report.RESULTS / "m3.json").read_text())
     (row,) = [row for row in measured["rows"] if row["engine"] == "rerank-server Q6_K" and row["scenario"] == "10"]
     rate, resident_mb = row["pairs_per_second"], row["resident_mb"]
     per_machine = rate * CORES / CORES_PER_REPLICA
@@ -167,7 +156,6 @@ def paper() -> list[str]:
         f"{per_machine * text_bytes / 1000:,.0f} kB/s: no network is a limit here, the cores are",
         "- parts: --part-rows 10000 makes 100,000 files, each some "
         f"{10_000 / rate / 3600:,.1f} hours of an actor; that is what a machine that dies has done in vain",
-        "",
     ]  # fmt: skip
 
 
@@ -176,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="GGUF file for the m3 role")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--requests", type=int, default=16, help=f"of {PASSAGES} passages each (default: 16)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine, file = describe_machine(Path(sys.executable), "bench.cluster"), arguments.file.resolve()
     requests = requests_of(arguments.requests)
@@ -198,10 +186,7 @@ def write(file: Path, machine: dict[str, Any], rows: list[dict[str, Any]], folde
         "share these cores. One run of each row.", "",
         *report.table(rows, COLUMNS), "", *paper(),
     ]  # fmt: skip
-    (folder / "cluster.md").write_text("\n".join(lines), encoding="utf-8")
-    text = json.dumps({"file": file.name, "machine": machine, "rows": rows}, indent=2)
-    (folder / "cluster.json").write_text(text + "\n", encoding="utf-8")
-    return lines
+    return report.write_lines(folder, "cluster", lines, {"file": file.name, "machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from bench.engines import ACCEL_LIBRARY, MAX_LENGTH_TOKENS, ROOT
 from bench.machine import describe_machine
 from bench.texts import Request, read_texts
 
-RESULTS = ROOT / "bench" / "results"
 LIST = 6
 MODES: dict[str, dict[str, Any]] = {
     "": {"accel": "off"},
@@ -80,8 +79,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for file in tqdm(arguments.files, desc="files", leave=False):
         for name, mode in modes.items():
             yield row_of(f"{file.stem}{name}", of_file(file, requests, mode), reference)
-    for recipe, name in (("onnxruntime", "ONNX Runtime int8"),):
-        yield row_of(name, of_peer(arguments.peers_python, recipe, arguments.checkpoint, requests), reference)
+    peer = of_peer(arguments.peers_python, "onnxruntime", arguments.checkpoint, requests)
+    yield row_of("ONNX Runtime int8", peer, reference)
 
 
 def row_of(name: str, logits: Logits, reference: Logits) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lists", type=int, default=20, help=f"lists of {LIST} pairs from each (default 20)")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), metavar="FILE",
                         help="interpreter that has transformers and onnxruntime (default: this one)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     arguments.peers_python = arguments.peers_python.absolute()
     arguments.checkpoint = arguments.checkpoint.absolute()
@@ -118,10 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}", "",
         f"Logits of {rows[0]['pairs']} pairs, against transformers in float32.", "", *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    base = arguments.out / f"drift-{arguments.checkpoint.name}"
-    base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = json.dumps({"machine": machine, "rows": rows}, indent=1)
-    base.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
+    report.write_lines(arguments.out, f"drift-{arguments.checkpoint.name}", lines, {"machine": machine, "rows": rows})
     print("\n".join(lines))
     return 0
 

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.engines import ROOT, Running, Setup, engines_of
+from bench.engines import Running, Setup, engines_of
 from bench.machine import describe_machine
 from bench.scaling import make_request, token_counter
 from bench.texts import SEED, Request
 
-RESULTS = ROOT / "bench" / "results"
 COLUMNS = {
     "tokens": ("tokens of a pair", "{:,}"),
     "alone_ms": ("alone ms", "{:,.0f}"),
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--long", type=int, default=1000, help="passages of the long request (default 1000)")
     parser.add_argument("--words", type=int, nargs="+", default=[10, 70, 200], help="of a passage (default 10 70 200)")
     parser.add_argument("--runs", type=int, default=9, help="of the short request, both ways (default 9)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(Path(sys.executable), "bench.fairness")
     try:
@@ -130,17 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    arguments.out.mkdir(parents=True, exist_ok=True)
     lines = [
         f"# {arguments.passages} passages beside {arguments.long:,} with {arguments.file.name}", "",
         f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}, {machine['cpu']}; medians of "
         f"{arguments.runs}", "", *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    base = arguments.out / f"fairness-{arguments.file.stem}"
-    base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"file": arguments.file.name, "machine": machine, "rows": rows}
-    base.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return lines
+    return report.write_lines(arguments.out, f"fairness-{arguments.file.stem}", lines, content)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import rerank_server as server
+from bench import report
 from bench.machine import describe_machine
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BODY = json.dumps({"query": "capital of France?", "passages": ["Paris is the capital of France.", "I like cheese."]})
 
 
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default 3)")
     parser.add_argument("--runs", type=int, default=3, help="measurements of each; the median is shown (default 3)")
     parser.add_argument("--slow", type=int, default=300, help="slow connections of the second round (default 300)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     rows = run(arguments.clients, arguments.seconds, arguments.runs, arguments.slow)
     arguments.out.mkdir(parents=True, exist_ok=True)

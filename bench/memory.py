@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import signal
 import sys
@@ -21,12 +20,11 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import report
-from bench.engines import ROOT, Running, Setup, engines_of
+from bench.engines import Running, Setup, engines_of
 from bench.machine import describe_machine
 from bench.scaling import make_request, token_counter
 from bench.texts import SEED, make_passage, read_texts
 
-RESULTS = ROOT / "bench" / "results"
 SAMPLE_S = 0.05
 LIST = 100  # passages in a request of the long run
 COLUMNS = {
@@ -121,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--longest", type=int, default=8192, help="tokens of the longest pair (default 8192; 0: none)")
     parser.add_argument("--pairs", type=int, default=10_000, help="distinct pairs of the long run (default 10000)")
     parser.add_argument("--words", type=int, default=5, help="in each passage of the long run (default 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.memory: stopped"))  # so that its server is stopped as well
     machine = describe_machine(Path(sys.executable), "bench.memory")
@@ -136,17 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(file: Path, machine: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
     size_mb = file.stat().st_size / 1e6
     lines = [
         f"# memory of {file.name}", "", f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; the "
         f"file has {size_mb:,.0f} MB, and its mapped pages count as resident", "", *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    base = folder / f"memory-{file.stem}"
-    base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"file": file.name, "file_mb": size_mb, "machine": machine, "rows": rows}
-    base.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return lines
+    return report.write_lines(folder, f"memory-{file.stem}", lines, content)
 
 
 if __name__ == "__main__":

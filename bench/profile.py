@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
 import subprocess
 import sys
 import time
@@ -26,11 +25,10 @@ import llama_cpp.llama_cpp as llama
 
 import rerank_server
 from bench import report
-from bench.engines import MAX_LENGTH_TOKENS, ROOT
+from bench.engines import MAX_LENGTH_TOKENS
 from bench.machine import describe_machine
 from bench.texts import read_texts
 
-RESULTS = ROOT / "bench" / "results"
 COLUMNS = {
     "operation": ("operation", "{}"),
     "nodes": ("nodes", "{}"),
@@ -221,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), metavar="FILE",
                         help="interpreter that has PyTorch, for the int8 peak (default: this one)")  # fmt: skip
     parser.add_argument("--accel", action="store_true", help="with the int8 engine, its parts one by one")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(arguments.peers_python, "bench.profile")
     float32, int8 = peaks(arguments.peers_python, rerank_server.Settings().tuning.ubatch)
@@ -236,7 +234,6 @@ def write(
     name: str, machine: dict[str, Any], rows: list[dict[str, Any]], found: tuple[float | None, float | None],
     n_tokens: int, folder: Path,
 ) -> list[str]:  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     float32, int8 = found
     peak = f"float32 {float32:,.0f}, int8 {int8:,.0f} GOP/s" if float32 and int8 else "not measured"
     seconds = sum(row["ms"] for row in rows) / 1000
@@ -247,11 +244,8 @@ def write(
         f"machine's peak: {peak}.", "",
         *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    base = folder / f"profile-{name}"
-    base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"machine": machine, "float32_gflops": float32, "int8_gops": int8, "tokens": n_tokens, "rows": rows}
-    base.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return lines
+    return report.write_lines(folder, f"profile-{name}", lines, content)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = {
     "engine": ("engine", "{}"),
     "scenario": ("passages", "{}"),
@@ -32,6 +33,14 @@ def write(result: dict[str, Any], folder: Path) -> str:
     if result["rows"]:
         plot(result, folder / f"{name}.png")
     return text
+
+
+def write_lines(folder: Path, name: str, lines: list[str], content: dict[str, Any]) -> list[str]:
+    """Writes the lines as NAME.md and the content as NAME.json into the folder; returns the lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return lines
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ Writes bench/results/scaling-NAME.md, .json and .png.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -26,7 +25,6 @@ from bench.engines import Running, Setup, engines_of
 from bench.machine import describe_machine
 from bench.texts import SEED, Request, make_passage
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WORDS, PASSAGES, CLIENTS = 70, 8, 1  # what stays where another axis is varied
 COLUMNS = {
     "axis": ("varied", "{}"),
@@ -111,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--runs", type=int, default=3, help="measurements of each point; the median counts (default 3)")
     parser.add_argument("--max-length", type=int, default=1024, help="longest pair in tokens (default 1024)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     count, role = token_counter(arguments.file, arguments.max_length)
     setup = Setup(role, {"": arguments.file}, None, Path(sys.executable), ("--max-length", str(arguments.max_length)))
@@ -130,17 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(file: Path, machine: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    base = folder / f"scaling-{file.stem}"
     lines = [
         f"# scaling of {file.name}", "", f"`{machine['command']}`, {machine['date']}, {machine['cpus']} x "
         f"{machine['cpu']}; {WORDS} words in a passage, {PASSAGES} passages and {CLIENTS} client unless varied", "",
         *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    base.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = json.dumps({"file": file.name, "machine": machine, "rows": rows}, indent=2)
-    base.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    plot(rows, file.stem, base.with_suffix(".png"))
+    name = f"scaling-{file.stem}"
+    report.write_lines(folder, name, lines, {"file": file.name, "machine": machine, "rows": rows})
+    plot(rows, file.stem, folder / f"{name}.png")
     return lines
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -20,11 +19,10 @@ from tqdm import tqdm
 
 import rerank_server
 from bench import report
-from bench.engines import MAX_LENGTH_TOKENS, ROOT
+from bench.engines import MAX_LENGTH_TOKENS
 from bench.machine import describe_machine
 from bench.texts import Request, Texts, made_lists, read_texts
 
-RESULTS = ROOT / "bench" / "results"
 # name -> the one setting that differs from the server's choice
 VARIANTS: dict[str, dict[str, Any]] = {
     "the server's choice": {},
@@ -115,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--passages", type=int, default=10, help="in each list (default 10)")
     parser.add_argument("--runs", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--name", default="settings", help="of the files that are written (default: settings)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(Path(sys.executable), "bench.settings")
     texts = Texts(made_lists(*arguments.words)) if arguments.words else read_texts(arguments.data)
@@ -126,16 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(machine: dict[str, Any], rows: list[dict[str, Any]], folder: Path, name: str) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [
         f"# {name}", "", f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; "
         f"{machine['cpus']} x {machine['cpu']}; medians; each variant beside the first, list by list", "",
         *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text = json.dumps({"machine": machine, "rows": rows}, indent=2)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    return lines
+    return report.write_lines(folder, name, lines, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-from cluster.local import config_of, environment_of, local_cluster, served
+from cluster.local import ask, config_of, environment_of, local_cluster, served
 
 N_NODES, CPUS_PER_NODE, N_PAIRS = 3, 2, 2000
 QUERY = "How long do cats sleep in a day?"
@@ -25,20 +24,13 @@ def main() -> None:
         folder = Path(name)
         say("deploying cluster/config.yaml with two replicas of M3 (serve run)")
         with served(nodes, config_of({}, {"M3": 2}), folder) as url:
-            say(f"POST {url}/rerank: {ask(url)}")
+            say(f"POST {url}/rerank: {ask(url, QUERY, PASSAGES)}")
         say(f"scoring {N_PAIRS} pairs: python -m cluster.batch pairs.jsonl scores.parquet")
         score_file(nodes, folder)
 
 
 def say(text: str, started: float = time.monotonic()) -> None:
     print(f"[{time.monotonic() - started:5.1f} s] {text}", flush=True)
-
-
-def ask(url: str) -> list[float]:
-    body = json.dumps({"query": QUERY, "passages": PASSAGES}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/rerank", body), timeout=60) as answer:
-        scores: list[float] = json.load(answer)
-        return scores
 
 
 def score_file(nodes: Any, folder: Path) -> None:

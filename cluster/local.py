@@ -4,6 +4,7 @@ raylet of its own with its own object store, as on another machine, but they sha
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ray.cluster_utils import Cluster
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "cluster" / "config.yaml"
 OBJECT_STORE_BYTES = 80_000_000  # Ray's least; what is sent between the processes here are texts and scores
-START_TIMEOUT_S = 180
+START_TIMEOUT_S, ANSWER_TIMEOUT_S = 180, 600
 POLL_S = 0.2
 
 
@@ -86,6 +87,13 @@ def served(nodes: Any, config: dict[str, Any], folder: Path) -> Iterator[str]:
         yield url
     finally:
         run(nodes, sys.executable, "-c", "import ray, ray.serve; ray.init(); ray.serve.shutdown()")
+
+
+def ask(url: str, query: str, passages: Sequence[str]) -> list[float]:
+    body = json.dumps({"query": query, "passages": passages}).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/rerank", body), timeout=ANSWER_TIMEOUT_S) as answer:
+        scores: list[float] = json.load(answer)
+        return scores
 
 
 def run(nodes: Any, *command: str) -> str:
