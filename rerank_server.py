@@ -1,31 +1,26 @@
 #!/usr/bin/env python3
 """Rerank server: which of these passages answers the query?
 
-The promise: `POST /rerank {"query": str, "passages": [str], "use_llm": bool}` answers a JSON array of floats between
-0 and 1, one for each passage in the order given, and each float is what the model's own code would have computed,
-up to the error of the quantisation. What cannot be scored is an error, never a number.
-
-    POST /rerank       the scores (use_llm false: the m3 role, true: the gemma role)
-    POST /rerank, /v1/rerank, /v2/rerank, /score    the same in the words of other servers' clients (see CONTRACTS)
-    GET  /             a page to try it in a browser (web/index.html)
-    GET  /health       alive, and which file serves which role; /ready, /metrics, /info, /openapi.json, /docs
-    POST /debug/pair   the token ids that the model sees for one pair (only with --debug)
-
-A file is opened only after it was checked (`python rerank_server.py --check FILE` does just that): what scoring depends
-on is in the GGUF's metadata, under `rerank.*` when this project converted it.
+The promise: `POST /rerank {"query": str, "passages": [str], "use_llm": bool}` answers a JSON array
+of floats between 0 and 1, one for each passage in the order given, and each float is what the
+model's own code would have computed, up to the error of the quantisation. What cannot be scored is
+an error, never a number. Other clients' words are understood too (CONTRACTS), other endpoints are
+in ENDPOINTS, and `python rerank_server.py --check FILE` says what the server thinks of a file.
 
 One request, from socket to floats:
 
-    HTTP thread          RerankHandler._answer -> RerankRequest.parse -> Application.rank -> Queue.admit -> pairs_of
-                         (text to token ids) -> ScoreCache -> Queue.append -> waits for its group, watching the client
-    scheduler thread     Queue.next_batch (the next group's turn) -> Engine.score (one llama.cpp decode) -> Queue.finish
-    HTTP thread          score (sigmoid; NaN refused) -> the contract's writer -> JSON
+    HTTP thread        RerankHandler.handle_one_request -> RerankRequest.parse -> Application.rank
+                       -> Queue.admit -> pairs_of (text to token ids) -> ScoreCache -> Queue.append
+                       -> waits for its job, watching the client
+    scheduler thread   Queue.next_batch (the next job's turn) -> Engine.score (one llama.cpp decode)
+                       -> Queue.finish
+    HTTP thread        Calibration.score (sigmoid; NaN refused) -> the contract's writer -> JSON
 
-Each model has one scheduler thread, and only that thread touches the model's llama context; so no lock guards it.
-Tokenising is safe from any thread (llama.h) and happens in the HTTP threads.
+Each model has one scheduler thread, and only that thread touches the model's llama context, so no
+lock guards it. Tokenising is safe from any thread (llama.h) and happens in the HTTP threads.
 
-The file is in the order in which the data flows: settings, errors, request, pairs, queue and scheduler, GGUF metadata,
-engines, scores, roles, response, HTTP, start.
+The file is in the order in which the data flows: settings, errors, request, pairs, queue and
+scheduler, model file, llama, engines, roles, answers, application, HTTP, start.
 """
 
 from __future__ import annotations
@@ -38,11 +33,15 @@ import contextlib
 import ctypes
 import dataclasses
 import email.utils
+import errno
 import functools
 import hashlib
 import hmac
-import html
 import http
+import http.client
+import http.server
+import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -57,6 +56,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -70,16 +70,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
-# OpenMP's threads otherwise spin while they wait for each other, and a second busy process on the machine makes each
-# barrier wait for a whole time slice: 11.8 s became 4.1 s on two shared cores, and nothing changed on idle ones.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when libgomp is loaded, so before the import
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds: 8 % faster, and no slower beside a busy process
-os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # no debugger is started when llama.cpp aborts
-
-import llama_cpp
-import llama_cpp.llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 import prometheus_client
@@ -87,58 +79,38 @@ import prometheus_client
 __version__ = "0.1.0"
 
 log = logging.getLogger("rerank")
+T = TypeVar("T")
+FloatArray = npt.NDArray[np.float32]
+HERE = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants and settings
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Settings and the machine
+# --------------------------------------------------------------------------------------------------
 
-MIN_MAX_LENGTH_TOKENS = 32  # below this the reference's 3/4 rule leaves no room for the passage beside the specials
+MIN_MAX_LENGTH_TOKENS = 32  # below it the reference's 3/4 rule leaves the passage no room
 MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
 MIN_UBATCH_TOKENS = 32
-CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch, masked: pairs packed together pay for each other
-GPU_UBATCH_TOKENS = 2048  # not measured here: what llama.cpp's users take on a GPU
-MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
-QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
-MAX_REQUEST_LINE_BYTES = 8192  # RFC 9112, 3 asks for at least 8,000
-MAX_HEADER_BYTES = 32768
-MAX_HEADERS = 100
-MAX_CHUNK_LINE_BYTES = 256
-MIN_BODY_BYTES_PER_S = 10_000  # a client that sends or reads more slowly is given up
-RECEIVE_BYTES = 1 << 16
-BYTES_PER_TOKEN = 3  # of text, to know roughly what a request asks for before it is tokenised; English has about 4
-SLICE_PASSAGES = 128  # tokenised at once: the first decode starts while the rest of a long list is still text
-HANG_UP_POLL_S = 0.25
-CUT_OFF_S = 1.0  # after --drain-s: for those who are told that their request will not be done
-HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for any more
-MAX_RETRY_AFTER_S = 600
-MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time that grows with the square of its digits
-MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
-MAX_UNAUTHORIZED_BODY_BYTES = 1_000_000  # more is not read from a client without the key
-MAX_CLIENT_BATCH_SIZE = 10_000  # told to TEI's clients, which split longer lists; the server itself takes any length
-PROGRESS_EVERY_S = 3.0
-OPEN_ROUTES = ("/", "/health", "/ready")  # a browser opens a page without the key, and nothing secret is in it
-PAGE_FILE = Path(__file__).resolve().parent / "web" / "index.html"
-SEND_TIMEOUT_S = 30  # for a client that does not read its answer
-LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
-PREFLIGHT_AGE_S = 600  # a browser asks again after it
-ACCEPT_PAUSE_S = 0.05  # when the system gives no more file descriptors
-SPARE_FILES = 128  # beside those of connections: models, logs, connections that are turned away
-MAX_TURNED_AWAY = 64  # connections that read why they were not served
-MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma", "mini": "make run"}
+CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch: pairs pay for each other
+GPU_UBATCH_TOKENS = 2048
+AUTO, ON, OFF = "auto", "on", "off"
+MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma"}
+
+
+class SettingsError(Exception):
+    """A flag or an environment variable that cannot be used; the message names it."""
 
 
 def _setting(
-    default: Any, help: str, low: int | None = None, high: int | None = None, choices: tuple[str, ...] = ()
+    default: Any, help: str, low: int | None = None, high: int | None = None,
+    choices: tuple[str, ...] = (),
 ) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
-
-AUTO, ON, OFF = "auto", "on", "off"
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting: its flag is --name-with-dashes, its environment variable RERANK_NAME. Checked when made.
+    """Every setting: its flag is --name-with-dashes, its environment variable RERANK_NAME.
 
     Raises SettingsError for a value out of its range or a combination that cannot work.
     """
@@ -148,106 +120,85 @@ class Settings:
     m3: Path | None = _setting(None, "GGUF file for the m3 role; default: found in --models")
     gemma: Path | None = _setting(None, "GGUF file for the gemma role; default: found in --models")
     models: str = _setting(
-        str(Path(__file__).resolve().parent / "models"),
-        f"folders in which GGUF files are looked for, with {os.pathsep} between them; earlier ones go first",
-    )
-    calibration: Path | None = _setting(None, "JSON file of bench.calibrate: scores are probabilities on judged data")
+        str(HERE / "models"),
+        f"folders with GGUF files, with {os.pathsep} between them; earlier ones go first")
+    calibration: Path | None = _setting(
+        None, "JSON file of bench.calibrate: scores are probabilities on judged data")
     max_length: int = _setting(
         1024, "longest pair in tokens; longer ones are truncated as the reference does",
-        MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS,
-    )  # fmt: skip
-    threads: int = _setting(0, "threads that compute; 0: one for each physical core that this process may use", 0, 1024)
+        MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
+    threads: int = _setting(
+        0, "threads that compute; 0: one for each physical core that it may use", 0, 1024)
     ubatch: int = _setting(
-        0, "tokens packed into one decode (a longer pair gets a decode of its own); 0: what suits the machine", 0, 8192
-    )  # fmt: skip
-    flash_attention: str = _setting(AUTO, "attention without its matrix in memory", choices=(AUTO, ON, OFF))
-    repack: str = _setting(AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
+        0, "tokens packed into one decode (a longer pair gets its own); 0: what suits the machine",
+        0, 8192)
+    flash_attention: str = _setting(
+        AUTO, "attention without its matrix in memory", choices=(AUTO, ON, OFF))
+    repack: str = _setting(
+        AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
     accel: str = _setting(
-        AUTO, "the int8 engine that `make accel` builds; auto: where it is built, fast and fits the memory",
-        choices=(AUTO, ON, OFF),
-    )  # fmt: skip
-    accel_strict: bool = _setting(False, "the int8 engine with activations in two parts: more exact, slower")
-    gpu_layers: int = _setting(0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
+        AUTO, "the int8 engine that `make accel` builds; auto: where it is built, fast, fits the "
+        "memory, and the file's weights have 8 bits or fewer", choices=(AUTO, ON, OFF))
+    accel_strict: bool = _setting(
+        False, "the int8 engine with activations in two parts: more exact, slower")
+    gpu_layers: int = _setting(
+        0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
-    max_bodies_mb: int = _setting(128, "request bodies in memory at once, in MB; beyond it 503", 1, 65536)
+    max_bodies_mb: int = _setting(
+        128, "request bodies in memory at once, in MB; beyond it 503", 1, 65536)
     max_queue_tokens: int = _setting(
-        1_000_000, "tokens that may wait for a model; beyond it 429. One request counts for at most half of it",
-        1000, 1_000_000_000,
-    )  # fmt: skip
-    max_timeout_s: int = _setting(3600, "seconds that a request may take, unless it sets fewer; then 504", 1, 86400)
-    max_connections: int = _setting(512, "connections at once, each with a thread; beyond it 503", 1, 65536)
-    header_timeout_s: int = _setting(10, "seconds in which a request's header must have arrived", 1, 3600)
-    body_timeout_s: int = _setting(30, "seconds for a body to arrive, and 1 more for each 10 kB of it", 1, 3600)
-    keep_alive_s: int = _setting(60, "seconds that a connection may be idle between two requests", 1, 3600)
-    cache_mb: int = _setting(8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
+        1_000_000, "tokens that may wait for a model; beyond it 429. One request counts for at "
+        "most half of it", 1000, 1_000_000_000)
+    max_timeout_s: int = _setting(
+        3600, "seconds that a request may take, unless it sets fewer; then 504", 1, 86400)
+    max_connections: int = _setting(
+        512, "connections at once, each with a thread; beyond it 503", 1, 65536)
+    header_timeout_s: int = _setting(
+        10, "seconds in which a request's header must have arrived", 1, 3600)
+    body_timeout_s: int = _setting(
+        30, "seconds for a body to arrive, and 1 more for each 10 kB of it", 1, 3600)
+    keep_alive_s: int = _setting(
+        75, "seconds that a connection may be idle between two requests", 1, 3600)
+    cache_mb: int = _setting(
+        8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
     unload_idle_s: int = _setting(
-        0, "seconds without a request after which gemma's memory is freed until the next one; 0: never", 0, 10_000_000
-    )  # fmt: skip
-    drain_s: int = _setting(30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
-    api_key: str = _setting("", "clients must send it as `Authorization: Bearer KEY` (not for /health)")
-    api_key_file: Path | None = _setting(None, "file with such keys, one a line; lines that begin with # are comments")
-    cors_origins: str = _setting("", "origins whose pages may ask, with commas between them; *: all; empty: none")
-    tls_cert: Path | None = _setting(None, "PEM file with the certificate (and its chain): serves https")
-    tls_key: Path | None = _setting(None, "PEM file with the certificate's private key, not encrypted")
-    strict_model: bool = _setting(False, "answer 404 to an unknown model name instead of taking the default model")
-    log_format: str = _setting("text", "how the log is written: a line of text, or of JSON", choices=("text", "json"))
+        0, "seconds without a request after which gemma's memory is freed until the next one; "
+        "0: never", 0, 10_000_000)
+    drain_s: int = _setting(
+        30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
+    api_key: str = _setting(
+        "", "clients must send it as `Authorization: Bearer KEY` (not for /health)")
+    api_key_file: Path | None = _setting(
+        None, "file with such keys, one a line; lines that begin with # are comments")
+    cors_origins: str = _setting(
+        "", "origins whose pages may ask, with commas between them; *: all; empty: none")
+    tls_cert: Path | None = _setting(
+        None, "PEM file with the certificate (and its chain): serves https")
+    tls_key: Path | None = _setting(
+        None, "PEM file with the certificate's private key, not encrypted")
+    strict_model: bool = _setting(
+        False, "answer 404 to an unknown model name instead of taking the default model")
+    log_format: str = _setting(
+        "text", "how the log is written: a line of text, or of JSON", choices=("text", "json"))
     log_texts: bool = _setting(False, "write each request's query and passages into the log")
-    debug: bool = _setting(False, "serve POST /debug/pair, which shows the token ids of a pair")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            low, high, value = field.metadata["low"], field.metadata["high"], getattr(self, field.name)
-            if low is not None and not low <= value <= high:
-                raise SettingsError(f"{flag_of(field.name)} must be between {low} and {high}, not {value}")
-            if (choices := field.metadata["choices"]) and value not in choices:
-                raise SettingsError(f"{flag_of(field.name)} must be {', '.join(choices)}, not {value!r}")
+            _check_range(field, getattr(self, field.name))
         if 0 < self.ubatch < MIN_UBATCH_TOKENS:
-            raise SettingsError(f"--ubatch must be 0 or at least {MIN_UBATCH_TOKENS}, not {self.ubatch}")
+            allowed = f"0 or at least {MIN_UBATCH_TOKENS}"
+            raise SettingsError(f"--ubatch must be {allowed}, not {self.ubatch}")
         if self.max_bodies_mb < self.max_body_mb:
-            raise SettingsError(f"--max-bodies-mb must have room for one body of --max-body-mb ({self.max_body_mb})")
+            room = f"room for one body of --max-body-mb ({self.max_body_mb})"
+            raise SettingsError(f"--max-bodies-mb must have {room}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key go together")
         for name in ("m3", "gemma", "calibration", "api_key_file", "tls_cert", "tls_key"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise SettingsError(f"{flag_of(name)}: there is no file {path}")
-        _ = self.api_key_digests, self.allowed_origins, self.tls_context, self.tuning  # which are read once, now
 
-    @functools.cached_property
-    def api_key_digests(self) -> list[bytes]:
-        """Empty: no key is asked for. Digests, since comparing strings of different lengths tells the length."""
-        keys = {"--api-key": self.api_key} if self.api_key else {}
-        keys |= _keys_of(self.api_key_file) if self.api_key_file else {}
-        for source, key in keys.items():
-            if not re.fullmatch(r"[!-~]+", key):
-                raise SettingsError(f"{source}: a key holds visible ASCII characters only, and no spaces")
-        return [hashlib.sha256(key.encode()).digest() for key in keys.values()]
-
-    @functools.cached_property
-    def allowed_origins(self) -> frozenset[str]:
-        origins = frozenset(origin.strip() for origin in self.cors_origins.split(",") if origin.strip())
-        for origin in origins:
-            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
-                raise SettingsError(f"--cors-origins: {origin!r} is no origin; they look like https://app.example.com")
-        return origins
-
-    @functools.cached_property
-    def tls_context(self) -> ssl.SSLContext | None:
-        if self.tls_cert is None:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # A client that hangs up without TLS's goodbye needs no alert: lengths say whether a request was cut off.
-        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # OpenSSL 3
-        context.set_alpn_protocols(["http/1.1"])
-        try:
-            context.load_cert_chain(self.tls_cert, self.tls_key, password="")  # or it would ask on the terminal
-        except (OSError, ValueError) as error:
-            files = f"--tls-cert {self.tls_cert}, --tls-key {self.tls_key}"
-            raise SettingsError(f"{files}: no PEM certificate with its unencrypted key: {error}") from None
-        return context
-
-    @functools.cached_property
+    @property
     def model_folders(self) -> list[Path]:
         return [Path(folder) for folder in self.models.split(os.pathsep) if folder]
 
@@ -256,21 +207,12 @@ class Settings:
         return Tuning.of(self)
 
 
-def _keys_of(path: Path) -> dict[str, str]:
-    """By the place where each stands."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
-    numbered = {f"--api-key-file: {path}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
-    keys = {place: line for place, line in numbered.items() if line and not line.startswith("#")}
-    if not keys:
-        raise SettingsError(f"--api-key-file: {path} holds no key")
-    return keys
-
-
-class SettingsError(Exception):
-    """A flag or an environment variable that cannot be used; the message names it."""
+def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    if low is not None and not low <= value <= high:
+        raise SettingsError(f"{flag_of(field.name)} must be between {low} and {high}, not {value}")
+    if choices and value not in choices:
+        raise SettingsError(f"{flag_of(field.name)} must be {', '.join(choices)}, not {value!r}")
 
 
 def flag_of(name: str) -> str:
@@ -281,103 +223,23 @@ def environment_variable_of(name: str) -> str:
     return "RERANK_" + name.upper()
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """How this machine computes best, where a setting does not say. The figures behind the rules are those of
-    `python -m bench.settings` (bench/results/settings.md)."""
-
-    threads: int
-    ubatch: int  # tokens
-    flash_attention: bool
-    repack: bool
-    accel: bool
-    accel_reason: str  # why not, or "strict"
-
-    @staticmethod
-    def of(settings: Settings) -> Tuning:
-        """Raises SettingsError where --accel on cannot be had."""
-        on_gpu = settings.gpu_layers != 0 and llama.llama_supports_gpu_offload()
-        is_arm = platform.machine().lower() in ("arm64", "aarch64")
-        return Tuning(
-            threads=settings.threads or usable_cores(),
-            ubatch=settings.ubatch or (GPU_UBATCH_TOKENS if on_gpu else CPU_UBATCH_TOKENS),
-            flash_attention=settings.flash_attention != OFF,  # faster at every size, and no matrix of scores in memory
-            # On x86 the tiled kernels beat the repacked ones, which also copy the weights out of the mapped file.
-            repack=settings.repack == ON or (settings.repack == AUTO and is_arm and not on_gpu),
-            accel=not (reason := _why_no_accel(settings, on_gpu)),
-            accel_reason=reason or ("strict" if settings.accel_strict else ""),
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.threads} threads, decodes of up to {self.ubatch} tokens, flash attention "
-            f"{ON if self.flash_attention else OFF}, weights {'' if self.repack else 'not '}repacked, "
-            f"int8 engine {ON if self.accel else OFF}{f' ({self.accel_reason})' if self.accel_reason else ''}"
-        )
-
-
-def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
-    """Empty: the int8 engine is to be used. Raises SettingsError when it is asked for and cannot be."""
-    if settings.accel == OFF:
-        return "as --accel says"
-    reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
-    if reason and settings.accel == ON:
-        raise SettingsError(f"--accel on: {reason}")
-    return reason
-
-
-def usable_cores() -> int:
-    """Physical cores that this process may use: two threads of one core share its multipliers. Bounded by the affinity
-    mask and by the CPU quota of its cgroup (docker run --cpus)."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = len({_core_of(cpu) for cpu in cpus})
-    return int(max(1, min(cores, _cgroup_cpus(Path("/sys/fs/cgroup")))))
-
-
-def _core_of(cpu: int) -> str:
-    """The CPUs that share a core with this one, as the kernel lists them; itself where it does not."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-    except OSError:
-        return str(cpu)
-
-
-def _cgroup_cpus(root: Path) -> float:
-    """The smallest quota (cgroup v2, cpu.max) from this process's group up to the root; infinite without one."""
-    return min(map(_cpu_quota, _cgroup_folders(root)), default=math.inf)
-
-
-def _cgroup_folders(root: Path) -> list[Path]:
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
-    except OSError:
-        return []
-    return [folder for folder in [root / group, *(root / group).parents] if folder.is_relative_to(root)]
-
-
-def _cpu_quota(folder: Path) -> float:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return max(1.0, int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return math.inf
-
-
 def settings_parser() -> argparse.ArgumentParser:
     """The command line, made from the table that Settings is."""
     parser = argparse.ArgumentParser(
-        prog="rerank_server.py", description="Serve GGUF rerankers: POST /rerank {query, passages, use_llm}.",
-        epilog="Each flag has an environment variable: --max-length is RERANK_MAX_LENGTH. A flag wins over it.",
-    )  # fmt: skip
+        prog="rerank_server.py",
+        description="Serve GGUF rerankers: POST /rerank {query, passages, use_llm}.",
+        epilog="Each flag has an environment variable: --max-length is RERANK_MAX_LENGTH. "
+        "A flag wins over it.")
     for field in dataclasses.fields(Settings):
         kind: dict[str, Any] = {"metavar": field.name.upper()}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(
-            flag_of(field.name), default=None, help=f"{field.metadata['help']} (default: {field.default})", **kind
-        )
-    parser.add_argument("--check", type=Path, metavar="FILE", help="check one GGUF file as the server would, and exit")
-    parser.add_argument("--pairs", metavar="JSONL", help="with --check: score its {query, passage} lines (-: stdin)")
+        help = f"{field.metadata['help']} (default: {field.default})"
+        parser.add_argument(flag_of(field.name), default=None, help=help, **kind)
+    help = "check one GGUF file as the server would, and exit"
+    parser.add_argument("--check", type=Path, metavar="FILE", help=help)
+    help = "with --check: score its {query, passage} lines and show their tokens (-: stdin)"
+    parser.add_argument("--pairs", metavar="JSONL", help=help)
     parser.add_argument("--version", action="version", version=f"rerank-server {__version__}")
     return parser
 
@@ -399,10 +261,9 @@ def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str
     if isinstance(given, bool):
         return given
     if isinstance(field.default, bool):
-        truth = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(given.lower())
-        if truth is None:
+        if given.lower() not in ("1", "true", "yes", "0", "false", "no"):
             raise SettingsError(f"{source} must be true or false, not {given!r}")
-        return truth
+        return given.lower() in ("1", "true", "yes")
     if isinstance(field.default, int):
         try:
             return int(given)
@@ -411,123 +272,168 @@ def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str
     return given if isinstance(field.default, str) else Path(given)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tuning:
+    """How this machine computes best, where a setting does not say. The figures behind the rules
+    are those of `python -m bench.settings` (bench/results/settings.md)."""
+
+    threads: int
+    ubatch: int  # tokens
+    flash_attention: bool
+    repack: bool
+    accel: bool
+    accel_reason: str  # why not, or "strict"
+
+    @staticmethod
+    def of(settings: Settings) -> Tuning:
+        """Loads llama.cpp. Raises SettingsError where --accel on cannot be had."""
+        on_gpu = settings.gpu_layers != 0 and llama().llama_supports_gpu_offload()
+        is_arm = platform.machine().lower() in ("arm64", "aarch64")
+        reason = _why_no_accel(settings, on_gpu)
+        return Tuning(
+            threads=settings.threads or usable_cores(),
+            ubatch=settings.ubatch or (GPU_UBATCH_TOKENS if on_gpu else CPU_UBATCH_TOKENS),
+            # Faster at every size, and no matrix of scores in memory.
+            flash_attention=settings.flash_attention != OFF,
+            # On x86 the tiled kernels beat the repacked ones, which also copy the weights.
+            repack=settings.repack == ON or (settings.repack == AUTO and is_arm and not on_gpu),
+            accel=not reason,
+            accel_reason=reason or ("strict" if settings.accel_strict else ""))
+
+    def __str__(self) -> str:
+        reason = f" ({self.accel_reason})" if self.accel_reason else ""
+        return (
+            f"{self.threads} threads, decodes of up to {self.ubatch} tokens, "
+            f"flash attention {ON if self.flash_attention else OFF}, "
+            f"weights {'' if self.repack else 'not '}repacked, "
+            f"int8 engine {ON if self.accel else OFF}{reason}")
+
+
+def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
+    """Empty: the int8 engine is to be used. Raises SettingsError when it is asked for in vain."""
+    if settings.accel == OFF:
+        return "as --accel says"
+    reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
+    if reason and settings.accel == ON:
+        raise SettingsError(f"--accel on: {reason}")
+    return reason
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use (two threads of one core share its multipliers), by
+    its affinity mask and the CPU quota of its cgroup (docker run --cpus)."""
+    cpus: Iterable[int] = range(os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+    cores = {_read(Path(f"{CPUS}{cpu}/topology/thread_siblings_list")) or cpu for cpu in cpus}
+    return int(max(1, min(len(cores), _cgroup_cpus(CGROUPS))))
+
+
+CPUS, CGROUPS = "/sys/devices/system/cpu/cpu", Path("/sys/fs/cgroup")
+
+
+def _read(path: Path) -> str:
+    """Of /proc or /sys; empty where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """From this process's group up to the root (cgroup v2)."""
+    group = _read(Path("/proc/self/cgroup")).rpartition("::")[2].strip("/")
+    return [folder for folder in (root / group / "x").parents if folder.is_relative_to(root)]
+
+
+def _cgroup_cpus(root: Path) -> float:
+    """The smallest quota of any group (cpu.max); infinite without one."""
+    quotas = [_read(folder / "cpu.max").split() for folder in _cgroup_folders(root)]
+    given = [int(quota[0]) / int(quota[1]) for quota in quotas if quota and quota[0] != "max"]
+    return max(1.0, min(given, default=math.inf))
+
+
+def available_bytes() -> float:
+    """What this process may still use, of the machine's memory and of its cgroups' limits, where
+    pages of files count as free: the kernel can drop them."""
+    free = [_kilobytes(Path("/proc/meminfo"), "MemAvailable:") * 1024 or math.inf]
+    for folder in _cgroup_folders(CGROUPS):
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if limit.isdigit() and used:
+            pages = _kilobytes(folder / "memory.stat", "inactive_file")
+            free.append(int(limit) - int(used) + pages)
+    return min(free)
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    """The number behind a name in a file of /proc or /sys; 0 where there is none."""
+    found = re.search(rf"^{name}\s+(\d+)", _read(path), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux; elsewhere 0)."""
+    pages = _read(Path("/proc/self/statm")).split()
+    return int(pages[1]) * mmap.PAGESIZE if pages else 0
+
+
+# --------------------------------------------------------------------------------------------------
 # Errors
 #
-#   RequestError                what a client is told; each type carries its HTTP status and its error_type
-#     BadRequestError   400
-#     UnauthorizedError 401
-#     NotFoundError     404       ModelNotFoundError: with --strict-model
-#     MethodError       405
-#     LengthError       411
-#     TooLargeError     413
-#     HttpError         400     what arrived is not HTTP/1.1, or leaves a doubt; the connection closes after it
-#       RequestTimeoutError 408, TargetTooLongError 414, ContentCodingError 415, ExpectationError 417,
-#       HeadersTooLargeError 431, TransferCodingError 501, VersionError 505
-#     OverloadedError   429     the queue is full
-#     ClientGoneError   499     nobody waits for the answer; it is never sent
-#     EngineError       500     scoring failed: an exception, or a logit that is not a number
-#     UnavailableError  503     no model for this role, or the server is stopping
-#     BusyError         503     no room for another connection or body
-#     DeadlineError     504     the request's time is over
-#   ModelError                  a GGUF file that cannot be served; ends the start, or becomes an UnavailableError
-# ---------------------------------------------------------------------------------------------------------------------
+#   RequestError               what a client is told; each type carries its status and error_type
+#     BadRequestError    400
+#     HttpError          40x, 50x  what arrived is not HTTP/1.1, leaves a doubt, or is not allowed
+#     ModelNotFoundError 404   with --strict-model
+#     OverloadedError    429   the queue is full
+#     ClientGoneError    499   nobody waits for the answer; it is never sent
+#     EngineError        500   scoring failed: an exception, or a logit that is not a number
+#     UnavailableError   503   no model for this role, or the server is stopping
+#     BusyError          503   no room for another connection or body
+#     DeadlineError      504   the request's time is over
+#   ModelError                 a GGUF file that cannot be served; ends the start, or becomes a 503
+# --------------------------------------------------------------------------------------------------
 
 
 class RequestError(Exception):
-    """An answer that is not a success. `param` is the field of the body that is wrong, where there is one."""
+    """An answer that is not a success. One may answer several requests: nothing changes it.
 
-    status: ClassVar[int] = 500
-    error_type: ClassVar[str] = "internal_error"
+    param: the field of the body that is wrong, where there is one.
+    """
 
-    def __init__(self, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+    status, error_type = 500, "internal_error"
+
+    def __init__(
+        self, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.message, self.param, self.headers = message, param, headers or {}
 
-    def body(self, is_tei: bool = False) -> dict[str, Any]:
-        """One body that every family of clients can read: `error.message`, `message` (Cohere), `detail` (Jina); TEI's
-        clients need `error` to be a string."""
-        error: dict[str, Any] = {"message": self.message, "type": self.error_type, "code": self.status}
+    def body(self, is_text: bool = False) -> dict[str, Any]:
+        """One body that every family of clients can read: `error.message`, `message` (Cohere),
+        `detail` (Jina). is_text: `error` is a string, as TEI's and Weaviate's clients need it."""
+        text, kind = self.message, self.error_type
+        error: dict[str, Any] = {"message": text, "type": kind, "code": self.status}
         if self.param is not None:
             error["param"] = self.param
-        shown = self.message if is_tei else error
-        return {"error": shown, "error_type": self.error_type, "message": self.message, "detail": self.message}
+        shown = text if is_text else error
+        return {"error": shown, "error_type": kind, "message": text, "detail": text}
 
 
 class BadRequestError(RequestError):
     status, error_type = 400, "invalid_request"
 
 
-class NotFoundError(RequestError):
-    status, error_type = 404, "not_found"
-
-
-class ModelNotFoundError(NotFoundError):
-    error_type = "model_not_found"
-
-
-class UnauthorizedError(RequestError):
-    status, error_type = 401, "unauthorized"
-
-    def __init__(self) -> None:
-        message = "the Authorization header must be: Bearer KEY, with a key of this server"
-        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
-
-
-class MethodError(RequestError):
-    status, error_type = 405, "method_not_allowed"
-
-
-class LengthError(RequestError):
-    status, error_type = 411, "length_required"
-
-
-class TooLargeError(RequestError):
-    status, error_type = 413, "payload_too_large"
-
-
-class HttpError(RequestError):
-    status, error_type = 400, "invalid_http"
-
-
-class RequestTimeoutError(HttpError):
-    status = 408
-
-
-class TargetTooLongError(HttpError):
-    status = 414
-
-
-class ContentCodingError(HttpError):
-    status = 415
-
-    def __init__(self, coding: str) -> None:
-        message = f"bodies are read as they are, not with Content-Encoding {coding[:40]!r}: send the JSON itself"
-        super().__init__(message, headers={"Accept-Encoding": "identity"})  # RFC 9110, 15.5.16
-
-
-class ExpectationError(HttpError):
-    status = 417
-
-
-class HeadersTooLargeError(HttpError):
-    status = 431
-
-
-class TransferCodingError(HttpError):
-    status = 501
-
-
-class VersionError(HttpError):
-    status = 505
+class ModelNotFoundError(RequestError):
+    status, error_type = 404, "model_not_found"
 
 
 class OverloadedError(RequestError):
     status, error_type = 429, "overloaded"
 
     def __init__(self, n_tokens: int, retry_after_s: int) -> None:
-        message = f"{n_tokens:,} tokens wait to be scored, as many as may; try again in {retry_after_s} s"
-        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+        message = f"{n_tokens:,} tokens wait to be scored, as many as may"
+        headers = {"Retry-After": str(retry_after_s)}
+        super().__init__(f"{message}; try again in {retry_after_s} s", headers=headers)
 
 
 class ClientGoneError(RequestError):
@@ -560,21 +466,70 @@ class DeadlineError(RequestError):
 
 
 class ModelError(Exception):
-    """A GGUF file that must not be served. One line that says what is wrong and how to get a right one."""
+    """A GGUF file that must not be served. One line: what is wrong, how to get a right one."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Request: the body becomes a frozen object here; nothing further in looks at JSON
+# --------------------------------------------------------------------------------------------------
+# Request: path and body become one frozen object here; nothing further in looks at JSON
 #
-# FIELDS is the one table of what a body may hold: it drives the parsing, the OpenAPI document and /docs.
-# ---------------------------------------------------------------------------------------------------------------------
+# ENDPOINTS says where a request goes, CONTRACTS whose words it speaks, FIELDS what else a body may
+# hold; docs/openapi.py makes web/openapi.json of them.
+# --------------------------------------------------------------------------------------------------
 
+MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time with the square of them
+MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
+BYTES_PER_TOKEN = 3  # of text, to know roughly what a request asks for; English has about 4
 TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
+MANY = 2**31 - 1
+
+# An endpoint -> the last segments of the paths that lead to it. Clients append their own path to
+# whatever base URL their user typed, so nothing before it counts; a POST to the bare URL, too.
+RERANK, SCORE = "/rerank", "/score"
+ENDPOINTS = {
+    RERANK: ("rerank", "reranks", "reranking", "ranking", "text-rerank", ""), SCORE: ("score",),
+    "/": ("",), "/health": ("health", "healthz", "live", "livez"), "/ready": ("ready", "readyz"),
+    "/metrics": ("metrics",), "/info": ("info",), "/v1/models": ("models",),
+    "/openapi.json": ("openapi.json",), "/docs": ("docs",),
+}
+
+
+def endpoint_of(method: str, path: str) -> str | None:
+    """The endpoint that serves a path, or none. Slashes may be repeated and trail; /v1/models/NAME
+    is one of /v1/models, and a NAME may hold slashes."""
+    segments = segments_of(path)
+    if method != "POST" and "models" in segments[:-1]:
+        return "/v1/models"
+    last = segments[-1] if segments else ""
+    found = [name for name, endings in ENDPOINTS.items() if last in endings]
+    fitting = [name for name in found if (name in (RERANK, SCORE)) == (method == "POST")]
+    return next(iter(fitting or found), None)
+
+
+def segments_of(path: str) -> list[str]:
+    return [segment for segment in path.split("/") if segment]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How texts are shortened, in tokens; None: no limit of the request's own. keep_end: of a
+    passage. max_windows, overlap: of CHUNK."""
+
+    max_length: int | None = None
+    max_query: int | None = None
+    max_passage: int | None = None
+    keep_end: bool = False
+    max_windows: int | None = None
+    overlap: int | None = None
 
 
 @dataclass(frozen=True)
 class RerankRequest:
-    """What every contract becomes. queries: one for all passages or one for each. texts: the client's word for them."""
+    """What every contract becomes. queries: one for all passages or one for each.
+
+    texts: the client's word for the passages. documents: as they were sent, where one was no
+    string. replaced: passages with half a character, read as U+FFFD. asks_more: it holds a field
+    that only this server knows, so its client reads more than its contract's keys.
+    """
 
     queries: tuple[str, ...]
     passages: tuple[str, ...]
@@ -585,64 +540,325 @@ class RerankRequest:
     return_documents: bool = False
     raw_scores: bool = False
     min_score: float | None = None
-    ids: tuple[str | int | None, ...] | None = None
-    max_length: int | None = None
-    max_passage: int | None = None
+    ids: tuple[Any, ...] | None = None
+    cut: Cut = Cut()
     on_overflow: str = TRUNCATE
-    keep_end: bool = False
     return_characters_read: bool = False
     timeout_s: float = math.inf
     texts: str = "passages"
+    documents: tuple[Any, ...] | None = None
+    replaced: frozenset[int] = frozenset()
+    asks_more: bool = False
 
     @staticmethod
-    def parse(raw: bytes, path: str = "/rerank") -> tuple[RerankRequest, Contract]:
-        """The contract follows from the body's keys, and from the route where it must. Raises BadRequestError that
-        names the field, and for a passage its index."""
-        body = parse_json_object(raw)
-        contract = next(contract for contract in CONTRACTS if contract.fits(body, path))
-        values = contract.read_texts(body, contract)
+    def parse(raw: bytes, path: str = RERANK) -> tuple[RerankRequest, str]:
+        """The request, and the name of its contract. Raises BadRequestError that names the field,
+        and for a passage its index."""
+        body, wrapper = _unwrapped(parse_json_object(raw))
+        contract = contract_of(body, path, wrapper)
+        values, cut = _read_texts(body, contract), {}
         for field in FIELDS:
-            if body.get(field.name) is not None and contract.name in (field.contracts or (contract.name,)):
-                value = field.read(body[field.name], field.name)
-                values |= {} if value is None else {field.target: value}
-        request = RerankRequest(**values)
-        n_passages = len(request.passages)
-        if request.ids is not None and len(request.ids) != n_passages:
-            raise BadRequestError(f"'ids' has {len(request.ids)} entries for {n_passages} {request.texts}", "ids")
-        if request.top_n == 0 and n_passages:  # clients that send the length of their list send 0 for an empty one
-            name = "top_n" if "top_n" in body else "top_k"
-            raise BadRequestError(f"'{name}' must be at least 1", name)
+            value = body.get(field.name)
+            if value is None or (field.contracts and contract not in field.contracts):
+                continue
+            values["asks_more"] |= field.is_own
+            read = field.read(value, field.name)
+            if read is not None:
+                target = cut if field.target in Cut.__dataclass_fields__ else values
+                target[field.target] = read
+        if not {"max_windows", "overlap"}.isdisjoint(cut):
+            values.setdefault("on_overflow", CHUNK)
+        request = RerankRequest(**values, cut=Cut(**cut))
+        _check_counts(request, body)
         return request, contract
 
     def query_of(self, index: int) -> str:
         return self.queries[index] if len(self.queries) > 1 else self.queries[0]
 
     def estimate_tokens(self, longest: int, n: int | None = None) -> int:
-        """What the n longest pairs (default: all) will be about, from the bytes of their texts: a token for each
-        BYTES_PER_TOKEN. A byte is at most one token, so it is never more than BYTES_PER_TOKEN times this."""
+        """What the n longest pairs (default: all) will be about, a token for each BYTES_PER_TOKEN
+        of their texts. A byte is at most one token, so at most BYTES_PER_TOKEN times this come."""
+        most = math.inf if self.on_overflow == CHUNK else longest
         queries = [len(query.encode()) for query in self.queries]
         if len(queries) == 1:
             queries *= len(self.passages)
-        most = math.inf if self.on_overflow == CHUNK else longest
-        sizes = ((query + len(text.encode())) // BYTES_PER_TOKEN + 1
-                 for query, text in zip(queries, self.passages, strict=True))  # fmt: skip
-        return int(sum(sorted((min(most, size) for size in sizes), reverse=True)[:n]))
+        sizes = [
+            min(most, (query + len(text.encode())) // BYTES_PER_TOKEN + 1)
+            for query, text in zip(queries, self.passages, strict=True)
+        ]
+        return int(sum(sorted(sizes, reverse=True)[:n]))
+
+
+def _check_counts(request: RerankRequest, body: dict[str, Any]) -> None:
+    n_passages = len(request.passages)
+    if request.ids is not None and len(request.ids) != n_passages:
+        message = f"'ids' has {len(request.ids)} entries for {n_passages} {request.texts}"
+        raise BadRequestError(message, "ids")
+    if request.top_n == 0 and n_passages:  # clients that send a list's length send 0 for none
+        name = _key_of(body, ("top_n", "top_k", "k"))
+        raise BadRequestError(f"'{name}' must be at least 1", name)
+
+
+# -- Contracts: whose words a body speaks
+
+PASSAGE_KEYS = ("passages", "texts", "documents", "docs", "items", "data_2", "text_2")
+QUERY_KEYS = ("query", "queries", "data_1", "text_1")
+TEXT_KEYS = ("text", "content", "page_content", "body")  # of an object that stands for a text
+ERRORS_AS_TEXT = re.compile(rb'"(?:texts|property)"[ \t\r\n]*:')  # TEI's and Weaviate's bodies
+
+
+def _unwrapped(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """huggingface.js and khoj wrap a body in inputs, DashScope in input with parameters beside it.
+    It becomes flat; and the wrapper's name."""
+    for name in ("inputs", "input"):
+        inner, parameters = body.get(name), body.get("parameters")
+        if isinstance(inner, dict) and not _key_of(body, PASSAGE_KEYS):
+            return {**body, **(parameters if isinstance(parameters, dict) else {}), **inner}, name
+    return body, ""
+
+
+def _key_of(body: dict[str, Any], names: Sequence[str], default: str = "") -> str:
+    """The first of the names that a body has; one that is null counts where there is no other."""
+    present = [name for name in names if name in body] or [default]
+    return min(present, key=lambda name: body.get(name) is None)
+
+
+def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
+    """Which of CONTRACTS a body speaks: its keys say it, and the path where it must."""
+    texts, segments = _key_of(body, PASSAGE_KEYS), segments_of(path)
+    if endpoint_of("POST", path) == SCORE:
+        return "score"
+    if wrapper == "input":
+        return "dashscope"
+    if texts == "texts":
+        return "tei"
+    if texts == "passages" and wrapper:
+        return "khoj"
+    if texts == "passages" and (isinstance(body.get("query"), dict) or "ranking" in segments):
+        return "nvidia"
+    if texts == "passages" or (not texts and segments in ([], ["rerank"])):
+        return "native"
+    if "property" in body:
+        return "weaviate"
+    # LightRAG and SGLang send top_k as well, and read Jina's `results`: Voyage's answer has both.
+    is_voyage = "top_n" not in body and ("top_k" in body or "truncation" in body)
+    return "voyage" if is_voyage else "jina"
+
+
+def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
+    """Queries and passages. /score takes one text for a list, and several queries, pair by pair."""
+    defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
+    query_key, texts_key = defaults.get(contract, ("query", "documents"))
+    query_key = _key_of(body, QUERY_KEYS, query_key)
+    texts_key = _key_of(body, PASSAGE_KEYS, texts_key)
+    queries, documents = [body.get(query_key)], body.get(texts_key)
+    if contract == "score":
+        queries = body[query_key] if isinstance(body.get(query_key), list) else queries
+        documents = [documents] if isinstance(documents, str) else documents
+    if not isinstance(documents, list):
+        expected = _expected(texts_key, "a list of strings", body, PASSAGE_KEYS)
+        raise BadRequestError(expected, texts_key)
+    if len(queries) not in (1, len(documents)):
+        message = f"'{query_key}' must be one text or as many as '{texts_key}' ({len(documents)})"
+        raise BadRequestError(message, query_key)
+    if query_key not in body:
+        raise BadRequestError(_expected(query_key, "a string", body, QUERY_KEYS), query_key)
+    fields = _rank_fields(body)
+    found = [_text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)]
+    passages = tuple(map(_whole_characters, found))
+    ids = tuple(item.get("id") if isinstance(item, dict) else None for item in documents)
+    has_ids = any(item is not None for item in ids)
+    return {
+        "queries": tuple(_whole_characters(_text_of(item, query_key)) for item in queries),
+        "passages": passages, "texts": texts_key, "ids": ids if has_ids else None,
+        "replaced": frozenset(n for n, text in enumerate(found) if text is not passages[n]),
+        "documents": tuple(documents) if dict in map(type, documents) else None,
+        "asks_more": has_ids,
+    }
+
+
+def _rank_fields(body: dict[str, Any]) -> Sequence[str]:
+    """Cohere v1: the fields of a document that count, joined by line ends."""
+    fields = body.get("rank_fields") or ()
+    if not isinstance(fields, list | tuple) or not all(isinstance(name, str) for name in fields):
+        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
+    return fields
+
+
+def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
+    """A string, an object that holds a text, or a list of content parts whose texts are joined.
+    Raises BadRequestError."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return "\n".join(_part_text(part, f"{name}[{n}]") for n, part in enumerate(value))
+    if not isinstance(value, dict):
+        raise BadRequestError(_expected(name, "a string", {name: value}), name)
+    keys = rank_fields or [key for key in TEXT_KEYS if value.get(key) is not None][:1]
+    texts = [_text_of(value[key], f"{name}.{key}") for key in keys if value.get(key) is not None]
+    if not texts:
+        wanted = " or ".join(map(repr, rank_fields or TEXT_KEYS))
+        raise BadRequestError(f"'{name}' must be a string, or an object with {wanted}", name)
+    return "\n".join(texts)
+
+
+def _part_text(part: dict[str, Any], name: str) -> str:
+    if isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = str(part.get("type"))[:40]
+    raise BadRequestError(f"'{name}' must be a part with a text, not {kind}: texts are scored", name)
+
+
+def _whole_characters(text: str) -> str:
+    """Clients cut texts in the middle of an emoji, and JSON carries the half that is left."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
+
+
+# -- Fields: what else a body may hold
+
+
+@dataclass(frozen=True)
+class Field:
+    """An optional key of a body. target: of RerankRequest or Cut. read: (value, name) to what is
+    kept; None: it says nothing. contracts: those that know it; none: all. is_own: nobody else
+    knows it."""
+
+    name: str
+    target: str
+    read: Callable[[Any, str], Any]
+    contracts: tuple[str, ...] = ()
+    is_own: bool = False
+
+
+@dataclass(frozen=True)
+class WholeNumber:
+    """Reads one, also from a string. unlimited: values that mean "no limit"."""
+
+    low: int
+    high: int
+    unlimited: tuple[int, ...] = ()
+
+    def __call__(self, value: Any, name: str) -> int | None:
+        number = read_number(value, name)
+        if number in self.unlimited:
+            return None
+        if number % 1:
+            raise BadRequestError(_expected(name, "a whole number", {name: value}), name)
+        if not self.low <= number <= self.high:
+            range = f"between {self.low} and {self.high:,}"
+            raise BadRequestError(f"'{name}' must be {range}, not {value}", name)
+        return int(number)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Reads one of some words, and keeps its meaning."""
+
+    meanings: dict[str, Any]
+
+    def __call__(self, value: Any, name: str) -> Any:
+        if not isinstance(value, str) or value not in self.meanings:
+            words = " or ".join(map(repr, self.meanings))
+            raise BadRequestError(f"'{name}' must be {words}", name)
+        return self.meanings[value]
+
+
+def read_string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRequestError(_expected(name, "a string", {name: value}), name)
+    return value
+
+
+def read_boolean(value: Any, name: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise BadRequestError(_expected(name, "true or false", {name: value}), name)
+
+
+def read_number(value: Any, name: str) -> float:
+    with contextlib.suppress(ValueError, OverflowError):  # no number, or one of 400 digits
+        is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
+        if is_number and math.isfinite(float(value)):
+            return float(value)
+    raise BadRequestError(_expected(name, "a number that a float can hold", {name: value}), name)
+
+
+def read_seconds(value: Any, name: str) -> float:
+    seconds = read_number(value, name)
+    if seconds <= 0:
+        raise BadRequestError(f"'{name}' must be more than 0 seconds, not {seconds:g}", name)
+    return seconds
+
+
+def read_ids(value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        expected = _expected(name, "a list of strings or numbers", {name: value})
+        raise BadRequestError(expected, name)
+    for index, item in enumerate(value):
+        is_text = isinstance(item, str) and _whole_characters(item) is item
+        if isinstance(item, bool) or not (is_text or isinstance(item, int)):
+            place = f"{name}[{index}]"
+            expected = _expected(place, "a string or a whole number", {place: item})
+            raise BadRequestError(expected, place)
+    return tuple(value)
+
+
+def read_may_cut(value: Any, name: str) -> str | None:
+    """true is what clients send without being asked; it does not overrule an on_overflow."""
+    return None if read_boolean(value, name) else ERROR
+
+
+_COUNT, _LIMIT = WholeNumber(1, MANY), WholeNumber(1, MANY, unlimited=(0, -1))
+_TOP_N, _OVERLAP = WholeNumber(0, MANY), WholeNumber(0, MAX_MAX_LENGTH_TOKENS)
+_LENGTH = WholeNumber(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
+_LENGTH_OR_ALL = dataclasses.replace(_LENGTH, unlimited=(0, -1))
+_OVERFLOW = Choice({word: word for word in (TRUNCATE, ERROR, CHUNK)})
+FIELDS = (  # what each does is said in docs/openapi.py
+    Field("model", "model", read_string),
+    Field("use_llm", "use_llm", read_boolean, is_own=True),
+    Field("llm_top_n", "llm_top_n", _COUNT, is_own=True),
+    Field("k", "top_n", _TOP_N),
+    Field("top_k", "top_n", _TOP_N),
+    Field("top_n", "top_n", _TOP_N),
+    Field("return_documents", "return_documents", read_boolean),
+    Field("return_text", "return_documents", read_boolean, ("tei",)),
+    Field("raw_scores", "raw_scores", read_boolean),
+    Field("min_score", "min_score", read_number, is_own=True),
+    Field("ids", "ids", read_ids, is_own=True),
+    Field("truncate_prompt_tokens", "max_length", _LENGTH_OR_ALL),
+    Field("max_length", "max_length", _LENGTH, is_own=True),
+    Field("max_tokens_per_query", "max_query", _LIMIT),
+    Field("max_tokens_per_doc", "max_passage", _LIMIT),
+    Field("max_chunks_per_doc", "max_windows", _LIMIT),
+    Field("overlap_tokens", "overlap", _OVERLAP),
+    Field("truncate", "on_overflow", read_may_cut, ("tei",)),
+    Field("truncation", "on_overflow", read_may_cut, ("voyage",)),
+    Field("on_overflow", "on_overflow", _OVERFLOW, is_own=True),
+    Field("truncation_direction", "keep_end", Choice({"Left": True, "Right": False}), ("tei",)),
+    Field("truncation_side", "keep_end", Choice({"left": True, "right": False})),
+    Field("return_characters_read", "return_characters_read", read_boolean, is_own=True),
+    Field("timeout", "timeout_s", read_seconds, is_own=True),
+)
+
+# -- JSON, stricter than Python's: names are unique (readers differ in which of two they take: RFC
+#    8259, 4), NaN and Infinity are no JSON, and the memory that a body grows into is bounded.
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """The body as a dict. Raises BadRequestError for invalid UTF-8, invalid JSON, and JSON that is not an object.
-
-    Stricter than Python's json: names must be unique (readers differ in which of two they take: RFC 8259, 4), NaN and
-    Infinity are no JSON, and the memory that a body grows into is bounded.
-    """
+    """The body as a dict. A byte order mark (Windows) is skipped. Raises BadRequestError."""
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRequestError(f"the body is not valid UTF-8: byte {error.start} is wrong") from None
-    if _n_containers(raw) > MAX_JSON_CONTAINERS:
-        raise BadRequestError(f"the body holds more than {MAX_JSON_CONTAINERS:,} lists and objects")
-    try:
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        _check_containers(raw)
         body = _JSON.decode(text)
+    except UnicodeDecodeError as error:
+        message = f"the body is not valid UTF-8: byte {error.start} is wrong"
+        raise BadRequestError(message) from None
     except RecursionError:
         raise BadRequestError("the body is nested too deeply") from None
     except ValueError as error:
@@ -652,33 +868,31 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _n_containers(raw: bytes) -> int:
-    """Lists and objects of a JSON text. Brackets inside strings are told apart only where there are many."""
-    if (n_brackets := raw.count(b"[") + raw.count(b"{")) <= MAX_JSON_CONTAINERS:
-        return n_brackets
-    bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", raw, flags=re.DOTALL))
-    return bare.count(b"[") + bare.count(b"{")
+def _check_containers(raw: bytes) -> None:
+    """Brackets inside strings are told apart only where there are many."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_CONTAINERS:
+        bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", raw, flags=re.DOTALL))
+        if bare.count(b"[") + bare.count(b"{") > MAX_JSON_CONTAINERS:
+            most = f"{MAX_JSON_CONTAINERS:,} lists and objects"
+            raise BadRequestError(f"the body holds more than {most}")
 
 
 def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
         ((name, _),) = Counter(name for name, _ in items).most_common(1)
-        raise BadRequestError(f"the name {name[:100]!r} is in an object of the body twice", name[:100])
+        name = name[:100]
+        raise BadRequestError(f"the name {name!r} is in an object of the body twice", name)
     return found
 
 
-def _json_integer(text: str) -> int:
+def _json_number(kind: Callable[[str], Any], text: str) -> Any:
     if len(text) > MAX_NUMBER_CHARACTERS:
-        n, limit = len(text), MAX_NUMBER_CHARACTERS
-        raise BadRequestError(f"a number in the body has {n:,} characters; at most {limit:,} are read")
-    return int(text)
-
-
-def _json_float(text: str) -> float:
-    if len(text) > MAX_NUMBER_CHARACTERS or not math.isfinite(value := float(text)):
+        count = f"{len(text):,} characters; at most {MAX_NUMBER_CHARACTERS:,} are read"
+        raise BadRequestError(f"a number in the body has {count}")
+    if kind is float and not math.isfinite(float(text)):
         raise BadRequestError(f"the number {text[:40]} in the body is more than a float can hold")
-    return value
+    return kind(text)
 
 
 def _json_constant(text: str) -> None:
@@ -686,233 +900,45 @@ def _json_constant(text: str) -> None:
 
 
 _JSON = json.JSONDecoder(
-    object_pairs_hook=_json_object, parse_int=_json_integer, parse_float=_json_float, parse_constant=_json_constant
-)  # fmt: skip
+    object_pairs_hook=_json_object, parse_int=functools.partial(_json_number, int),
+    parse_float=functools.partial(_json_number, float), parse_constant=_json_constant)
 
 
-def _text(value: Any, name: str, body: dict[str, Any] | None = None) -> str:
-    if not isinstance(value, str):
-        raise BadRequestError(_expected(name, "a string", {name: value} if body is None else body), name)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud800" alone is valid JSON but not text
-        raise BadRequestError(f"'{name}' has a lone surrogate at character {error.start}", name) from None
-    return value
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    if isinstance(value, str) and value.lower() in ("true", "false"):  # some clients send booleans as strings
-        return value.lower() == "true"
-    raise BadRequestError(_expected(name, "true or false", {name: value}), name)
-
-
-def _number(value: Any, name: str) -> float:
-    if not isinstance(value, bool) and isinstance(value, int | float):
-        with contextlib.suppress(OverflowError):  # an integer of 400 digits
-            if math.isfinite(float(value)):
-                return float(value)
-    raise BadRequestError(_expected(name, "a number that a float can hold", {name: value}), name)
-
-
-def _count(low: int, high: int) -> Callable[[Any, str], int]:
-    def read(value: Any, name: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-            raise BadRequestError(_expected(name, "a whole number", {name: value}), name)
-        if not low <= value <= high:
-            raise BadRequestError(f"'{name}' must be between {low} and {high:,}, not {value}", name)
-        return int(value)
-
-    return read
-
-
-def _seconds(value: Any, name: str) -> float:
-    if (seconds := _number(value, name)) <= 0:
-        raise BadRequestError(f"'{name}' must be more than 0 seconds, not {seconds:g}", name)
-    return seconds
-
-
-def _choice(*choices: str) -> Callable[[Any, str], str]:
-    def read(value: Any, name: str) -> str:
-        if value not in choices:
-            raise BadRequestError(f"'{name}' must be {' or '.join(map(repr, choices))}", name)
-        return str(value)
-
-    return read
-
-
-def _ids(value: Any, name: str) -> tuple[str | int, ...]:
-    if not isinstance(value, list):
-        raise BadRequestError(_expected(name, "a list of strings or numbers", {name: value}), name)
-    return tuple(_id(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def _id(value: Any, name: str) -> str | int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return _text(value, name)
-    raise BadRequestError(_expected(name, "a string or a whole number", {name: value}), name)
-
-
-def _expected(name: str, expected: str, body: dict[str, Any]) -> str:
-    if name not in body:
-        return f"'{name}' is missing: it must be {expected}"
-    return f"'{name}' must be {expected}, not {_json_type(body[name])}"
+def _expected(name: str, expected: str, body: dict[str, Any], others: Sequence[str] = ()) -> str:
+    """others: the keys that would do as well."""
+    if name in body:
+        return f"'{name}' must be {expected}, not {_json_type(body[name])}"
+    would_do = ", ".join(other for other in others if other != name)
+    also = f" ({would_do} would do, too)" if would_do else ""
+    return f"'{name}' is missing: it must be {expected}{also}"
 
 
 def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string",
+                              bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
-Schema = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Field:
-    """An optional key of a request body. contracts: those that know it; none: all of them."""
-
-    name: str
-    target: str  # field of RerankRequest
-    read: Callable[[Any, str], Any]
-    schema: Schema
-    help: str
-    contracts: tuple[str, ...] = ()
-
-
-def _overflow(value: Any, name: str) -> str | None:
-    """truncate: true is what clients send without being asked; it does not overrule an on_overflow."""
-    return None if _boolean(value, name) else ERROR
-
-
-_BOOLEAN, _POSITIVE = {"type": "boolean", "default": False}, {"type": "integer", "minimum": 1}
-_MANY = 2**31 - 1
-FIELDS = (
-    Field("model", "model", _text, {"type": "string"}, "m3, gemma, mini or a Hub name; any other gets the default"),
-    Field("use_llm", "use_llm", _boolean, _BOOLEAN, "score with bge-reranker-v2-gemma"),
-    Field("llm_top_n", "llm_top_n", _count(1, _MANY), _POSITIVE,
-          "with use_llm: m3 scores all, gemma only the best so many, which rank before the rest"),
-    Field("top_n", "top_n", _count(0, _MANY), _POSITIVE, "how many results to return; all when it is larger"),
-    Field("top_k", "top_n", _count(0, _MANY), _POSITIVE, "the same as top_n"),
-    Field("return_documents", "return_documents", _boolean, _BOOLEAN, "put the text into each result"),
-    Field("return_text", "return_documents", _boolean, _BOOLEAN, "put the text into each result", ("tei",)),
-    Field("raw_scores", "raw_scores", _boolean, _BOOLEAN, "logits in place of scores between 0 and 1"),
-    Field("min_score", "min_score", _number, {"type": "number"}, "leave out results below (a logit with raw_scores)"),
-    Field("ids", "ids", _ids, {"type": "array", "items": {"type": ["string", "integer"]}},
-          "an id for each document, returned with its result"),
-    Field("max_length", "max_length", _count(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS),
-          {"type": "integer", "minimum": MIN_MAX_LENGTH_TOKENS, "maximum": MAX_MAX_LENGTH_TOKENS},
-          "longest pair in tokens, at most the server's"),
-    Field("max_tokens_per_doc", "max_passage", _count(1, _MANY), _POSITIVE, "tokens of each document that are read"),
-    Field("truncate", "on_overflow", _overflow, _BOOLEAN | {"default": True}, "false: refuse long texts", ("tei",)),
-    Field("truncation", "on_overflow", _overflow, _BOOLEAN | {"default": True}, "false: refuse long ones", ("voyage",)),
-    Field("on_overflow", "on_overflow", _choice(TRUNCATE, ERROR, CHUNK),
-          {"type": "string", "enum": [TRUNCATE, ERROR, CHUNK], "default": TRUNCATE},
-          "a document that is too long is cut, refused, or scored in overlapping windows of which the best counts"),
-    Field("truncation_direction", "keep_end", lambda value, name: _choice("Left", "Right")(value, name) == "Left",
-          {"type": "string", "enum": ["Left", "Right"], "default": "Right"}, "the end that is cut", ("tei",)),
-    Field("return_characters_read", "return_characters_read", _boolean, _BOOLEAN,
-          "of a document that was cut, say how many characters were read, to within a word"),
-    Field("timeout", "timeout_s", _seconds, {"type": "number", "exclusiveMinimum": 0},
-          "seconds after which the answer is 504 and the rest is not scored; at most the server's"),
-)  # fmt: skip
-
-
-# -- Contracts: how each family of clients names the texts, and (further down) how it reads the answer -----------------
-
-
-@dataclass(frozen=True)
-class Contract:
-    """A row of CONTRACTS. fits: whether a body on a route is meant for it; the last one takes what is left."""
-
-    name: str
-    routes: tuple[str, ...]
-    texts: str  # the key that holds the passages
-    fits: Callable[[dict[str, Any], str], bool]
-    read_texts: Callable[[dict[str, Any], Contract], dict[str, Any]]
-    write: Callable[[Ranking, RerankRequest, str], Any]
-    help: str
-    example: dict[str, Any]
-    two_stages: dict[str, Any] | None = None  # a second example, which needs the gemma role
-
-    def examples(self) -> dict[str, dict[str, Any]]:
-        return {self.name: self.example, **({f"{self.name} two stages": self.two_stages} if self.two_stages else {})}
-
-
-def _read_texts(body: dict[str, Any], contract: Contract) -> dict[str, Any]:
-    """query and a list of passages: strings, or (not in the native contract) objects with a text and perhaps an id."""
-    name = contract.texts
-    items = body.get(name)
-    if not isinstance(items, list):
-        raise BadRequestError(_expected(name, "a list of strings", body), name)
-    query = _text(body.get("query"), "query", body)
-    if contract.name == "native":
-        return {"queries": (query,), "passages": tuple(_text(item, f"{name}[{n}]") for n, item in enumerate(items))}
-    fields = body.get("rank_fields") or ["text"]
-    passages = tuple(_document(item, f"{name}[{n}]", fields) for n, item in enumerate(items))
-    return {"queries": (query,), "passages": passages, "texts": name, "ids": _document_ids(items, name)}
-
-
-def _document_ids(items: Any, name: str) -> tuple[str | int | None, ...] | None:
-    """The `id` of each document that has one; None when none has."""
-    if not isinstance(items, list) or not any(isinstance(item, dict) and "id" in item for item in items):
-        return None
-    given = [item.get("id") if isinstance(item, dict) else None for item in items]
-    return tuple(None if value is None else _id(value, f"{name}[{index}].id") for index, value in enumerate(given))
-
-
-def _document(item: Any, name: str, fields: Any) -> str:
-    """A string, or an object: its `text`, or the rank_fields (Cohere v1) joined by line ends."""
-    if not isinstance(item, dict):
-        return _text(item, name)
-    if not isinstance(fields, list):
-        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
-    fields = [_text(field, f"rank_fields[{index}]") for index, field in enumerate(fields)]
-    texts = [_text(item[field], f"{name}.{field}") for field in fields if item.get(field) is not None]
-    if not texts:
-        raise BadRequestError(f"'{name}' has no {' or '.join(map(repr, fields))}: it must be a string or have it", name)
-    return "\n".join(texts)
-
-
-def _read_score_texts(body: dict[str, Any], contract: Contract) -> dict[str, Any]:
-    """vLLM's /score: text_1 against text_2, or queries against documents; one against many, or pair by pair."""
-    first, second = ("queries", "documents") if "queries" in body else ("text_1", "text_2")
-    queries, passages = _text_list(body, first), _text_list(body, second)
-    if len(queries) not in (1, len(passages)):
-        raise BadRequestError(f"'{first}' must be one text or as many as '{second}' ({len(passages)})", first)
-    return {"queries": queries, "passages": passages, "texts": second, "ids": _document_ids(body[second], second)}
-
-
-def _text_list(body: dict[str, Any], name: str) -> tuple[str, ...]:
-    value = body.get(name)
-    if isinstance(value, list):
-        return tuple(_document(item, f"{name}[{index}]", ["text"]) for index, item in enumerate(value))
-    if isinstance(value, str):
-        return (_text(value, name),)
-    raise BadRequestError(_expected(name, "a string or a list of strings", body), name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pairs: text to token ids and truncation, nothing else
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+Tokenizer = Callable[[str], list[int]]  # without specials; a special token's string stays text
 
 
 @dataclass(frozen=True)
 class Pair:
     """One pair as the model sees it.
 
-    ids: token ids with their specials. passage_start: index in ids at which the passage part begins.
-    query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
-    n_shared: how many leading ids are computed once for all pairs of a query (decoders only: a prefix stands alone).
-    n_dropped: tokens of the query and the passage that were cut.
+    ids: with their specials. passage_start: index in ids. query_ids: bi-encoder only, the query's
+    own sequence (ids is then the passage's). n_shared: leading ids that are computed once for all
+    pairs of a query (decoders only). n_dropped: tokens of both texts that were cut.
     """
 
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     passage_start: int
     n_dropped: int
-    query_ids: tuple[int, ...] = ()
+    query_ids: Sequence[int] = ()
     n_shared: int = 0
 
     @property
@@ -921,160 +947,153 @@ class Pair:
 
     @property
     def n_new(self) -> int:
-        """Tokens that this pair adds to a batch of its request."""
+        """Tokens that it adds to a batch with its prefix."""
         return len(self.ids) - self.n_shared
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """The leading ids that are computed once."""
-        return self.ids[: self.n_shared]
+        return tuple(self.ids[: self.n_shared])
 
     @property
     def key(self) -> bytes:
-        """Equal for pairs that the model cannot tell apart (16 bytes of BLAKE2b over the ids)."""
+        """Equal for pairs that the model cannot tell apart: 16 bytes of BLAKE2b."""
         ids = array.array("i", (*self.ids, -1, *self.query_ids))
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-class Tokenizer(Protocol):
-    """text -> token ids, without specials; a special token's string inside a text is text."""
-
-    def __call__(self, text: str) -> list[int]: ...
-
-
-class Pairs(Protocol):
-    """Any thread."""
-
-    longest: int  # tokens of the longest pair that is made
-
-    def make(
-        self, query: str, passages: Sequence[str], max_length: int | None = None, max_passage: int | None = None,
-        keep_end: bool = False,
-    ) -> list[Pair]:  # fmt: skip
-        """One pair for each passage, cut to max_length and the passage to max_passage tokens, from its end or start."""
-
-    def windows(
-        self, query: str, passage: str, max_length: int | None = None, max_passage: int | None = None
-    ) -> list[Pair]:
-        """Pairs with overlapping windows of the passage (a quarter of each), which together hold all of it."""
-
-    def room(self, query: str, max_length: int | None = None, max_passage: int | None = None) -> int:
-        """Tokens that `make` leaves to a passage."""
-
-    def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
-        """How much of the passage's start (or end) is no more than so many tokens, to within a word."""
-
-
 @dataclass(frozen=True)
 class Frame:
-    """What surrounds the passage of a pair: head and tail are whole, the passage gets `room` tokens."""
+    """What surrounds the passage of a pair: head and tail are whole, the passage gets `room`."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
-    room: int
+    room: int  # tokens
     n_dropped: int  # tokens of the query that were cut
     query_ids: tuple[int, ...] = ()
     n_shared: int = 0
 
     def pair(self, ids: Sequence[int], n_dropped: int) -> Pair:
-        ids = (*self.head, *ids, *self.tail)
-        return Pair(ids, len(self.head), self.n_dropped + n_dropped, self.query_ids, self.n_shared)
+        """Ids of four bytes each: a long list holds many pairs at once."""
+        framed = array.array("i", (*self.head, *ids, *self.tail))
+        n_dropped += self.n_dropped
+        return Pair(framed, len(self.head), n_dropped, self.query_ids, self.n_shared)
 
 
-class FramedPairs:
-    """Implements Pairs; a subclass says how its model frames a passage."""
+class Pairs:
+    """Makes the pairs of one model; a subclass says how it frames a passage. Any thread."""
 
     passage_prefix = ""
-    _prefix_ids: tuple[int, ...] = ()  # of passage_prefix, without a space that may belong to the passage's first token
+    _prefix_ids: tuple[int, ...] = ()  # of it, without a space that may belong to the passage
 
     def __init__(self, tokenize: Tokenizer, max_length: int) -> None:
         self._tokenize, self._max_length = tokenize, max_length
-        self.longest = max_length
+        self.longest = max_length  # tokens of the longest pair that is made
 
-    def make(
-        self, query: str, passages: Sequence[str], max_length: int | None = None, max_passage: int | None = None,
-        keep_end: bool = False,
-    ) -> list[Pair]:  # fmt: skip
-        """See Pairs.make."""
-        frame = self._frame(query, min(max_length or self._max_length, self._max_length))
-        room = min(frame.room, max_passage or frame.room)
+    def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
+        """One pair for each passage."""
+        frame = self._frame_for(query, cut)
+        room = min(frame.room, cut.max_passage or frame.room)
         pairs = []
         for passage in passages:
             ids = self._tokenize(self.passage_prefix + passage)
             kept = ids[:room]
-            if keep_end and len(ids) > room:
+            if cut.keep_end and len(ids) > room:
                 prefix, rest = self._split_prefix(ids)
                 kept = [*prefix, *rest[len(rest) - max(0, room - len(prefix)) :]]
             pairs.append(frame.pair(kept, len(ids) - len(kept)))
         return pairs
 
-    def windows(
-        self, query: str, passage: str, max_length: int | None = None, max_passage: int | None = None
-    ) -> list[Pair]:
-        """See Pairs.windows."""
-        frame = self._frame(query, min(max_length or self._max_length, self._max_length))
+    def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
+        """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
+        which together hold all of it, unless there may be only so many."""
+        frame = self._frame_for(query, cut)
         ids = self._tokenize(self.passage_prefix + passage)
-        prefix, rest = self._split_prefix(ids[: max_passage or len(ids)])
+        prefix, rest = self._split_prefix(ids[: cut.max_passage or len(ids)])
         size = max(1, frame.room - len(prefix))
-        overlap, n_dropped = size // 4, max(0, len(ids) - (max_passage or len(ids)))
-        starts = range(0, max(1, len(rest) - overlap), size - overlap)
-        return [frame.pair([*prefix, *rest[start : start + size]], n_dropped) for start in starts]
+        overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
+        starts = range(0, max(1, len(rest) - overlap), size - overlap)[: cut.max_windows]
+        n_dropped = len(ids) - len(prefix) - min(len(rest), starts[-1] + size)
+        return [frame.pair([*prefix, *rest[at : at + size]], n_dropped) for at in starts]
 
-    def room(self, query: str, max_length: int | None = None, max_passage: int | None = None) -> int:
-        """See Pairs.room."""
-        frame = self._frame(query, min(max_length or self._max_length, self._max_length))
-        return min(frame.room, max_passage or frame.room)
+    def room(self, query: str, cut: Cut = Cut()) -> int:
+        """Tokens that `make` leaves to a passage."""
+        room = self._frame_for(query, cut).room
+        return min(room, cut.max_passage or room)
 
     def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
-        """See Pairs.n_characters. Searched for, since no tokenizer here says where in the text a token begins."""
+        """How much of the passage's start (or end) is no more than so many tokens, to within a
+        word. Searched for, since no tokenizer here says where in the text a token begins."""
 
         def n_tokens_of(n: int) -> int:
-            return len(self._tokenize(self.passage_prefix + (passage[len(passage) - n :] if keep_end else passage[:n])))
+            part = passage[len(passage) - n :] if keep_end else passage[:n]
+            return len(self._tokenize(self.passage_prefix + part))
 
         near = max(1, n_tokens)
-        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest is never tokenised
+        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest stays text
             near *= 2
-        part = passage[-2 * near :] if keep_end else passage[: 2 * near]
-        words = re.finditer(r"\S+", part)  # whole ones first: a torn one can have more tokens
-        ends = sorted(len(part) - word.start() if keep_end else word.end() for word in words)
-        n_whole = bisect.bisect_right(ends, n_tokens, key=n_tokens_of)
-        low, high = [0, *ends][n_whole], [*ends, len(part)][n_whole]
-        return max(low, bisect.bisect_right(range(high + 1), n_tokens, lo=low, key=n_tokens_of) - 1)
+        lengths = range(min(near, len(passage)) + 1)
+        return bisect.bisect_right(lengths, n_tokens, key=n_tokens_of) - 1
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """The passage's prefix, which every window keeps, and the rest."""
-        n = len(self._prefix_ids) if tuple(ids[: len(self._prefix_ids)]) == self._prefix_ids else 0
+        n = len(self._prefix_ids)
+        n = n if tuple(ids[:n]) == self._prefix_ids else 0
         return ids[:n], ids[n:]
 
-    def _frame(self, query: str, max_length: int) -> Frame:
+    def _frame_for(self, query: str, cut: Cut) -> Frame:
+        max_length = min(cut.max_length or self._max_length, self._max_length)
+        return self._frame(query, max_length, cut.max_query or MANY)
+
+    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
         raise NotImplementedError
 
 
-class CrossEncoderPairs(FramedPairs):
-    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagEmbedding's FlagReranker does.
+class CrossEncoderPairs(Pairs):
+    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagReranker does.
 
-    The query is cut to 3/4 of max_length, the passage to max_length, then only the passage is shortened until the pair
-    fits, specials counted (FlagEmbedding 1.4.2, BaseReranker.compute_score_single_gpu).
+    The query is cut to 3/4 of max_length, the passage to max_length, then only the passage is
+    shortened until the pair fits, specials counted (FlagEmbedding 1.4.2,
+    BaseReranker.compute_score_single_gpu).
     """
 
-    def __init__(self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int, max_length: int) -> None:
+    def __init__(
+        self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int,
+        max_length: int,
+    ) -> None:
         super().__init__(tokenize, max_length)
         self._first, self._separators, self._last = first, tuple(separators), last
 
-    def _frame(self, query: str, max_length: int) -> Frame:
-        ids, kept = self._tokenize(query), max_length * 3 // 4
+    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
+        ids, kept = self._tokenize(query), min(max_query, max_length * 3 // 4)
         head = (self._first, *ids[:kept], *self._separators)
-        return Frame(head, (self._last,), max(0, max_length - len(head) - 1), max(0, len(ids) - kept))
+        room = max(0, max_length - len(head) - 1)
+        return Frame(head, (self._last,), room, max(0, len(ids) - kept))
 
 
-class PromptPairs(FramedPairs):
-    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own (FlagLLMReranker).
+@dataclass(frozen=True)
+class PromptParts:
+    """FlagEmbedding 1.4.2, FlagLLMReranker: what bge-reranker-v2-gemma was trained with."""
 
-    The passage part is cut so that everything before the last separator fits max_length + len(separator) +
-    len(prompt) tokens; the last separator and the prompt are appended after the cut and are always whole.
+    query_prefix: str = "A: "
+    passage_prefix: str = "B: "
+    separator: str = "\n"
+    prompt: str = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the "
+        "query by providing a prediction of either 'Yes' or 'No'."
+    )
+
+
+class PromptPairs(Pairs):
+    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own.
+
+    As FlagLLMReranker does, the passage part is cut so that everything before the last separator
+    fits max_length + len(separator) + len(prompt) tokens; the last separator and the prompt are
+    appended after the cut and are always whole.
     """
 
-    def __init__(self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int) -> None:
+    def __init__(
+        self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int
+    ) -> None:
         super().__init__(tokenize, max_length)
         self._bos, self._parts, self.passage_prefix = bos, parts, parts.passage_prefix
         self._prefix_ids = tuple(tokenize(parts.passage_prefix.rstrip()))
@@ -1082,107 +1101,120 @@ class PromptPairs(FramedPairs):
         self._tail = self._separator + tuple(tokenize(parts.prompt))
         self.longest = max_length + 2 * len(self._tail)
 
-    def _frame(self, query: str, max_length: int) -> Frame:
-        ids, kept = self._tokenize(self._parts.query_prefix + query), max_length * 3 // 4
+    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
+        ids = self._tokenize(self._parts.query_prefix + query)
+        kept = min(max_query, max_length * 3 // 4)
         head = (self._bos, *ids[:kept], *self._separator)
         room = min(max_length, max(0, max_length + len(self._tail) - len(head)))
         return Frame(head, self._tail, room, max(0, len(ids) - kept), n_shared=len(head))
 
 
-class TextPairs(FramedPairs):
-    """Bi-encoder: query and passage are each `[CLS] text [SEP]`, cut to max_length (sentence-transformers)."""
+class TextPairs(Pairs):
+    """Bi-encoder: query and passage are each `[CLS] text [SEP]`, cut to max_length
+    (sentence-transformers)."""
 
     def __init__(self, tokenize: Tokenizer, first: int, last: int, max_length: int) -> None:
         super().__init__(tokenize, max_length)
         self._first, self._last = first, last
 
-    def _frame(self, query: str, max_length: int) -> Frame:
+    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
         ids, room = self._tokenize(query), max_length - 2
-        query_ids = (self._first, *ids[:room], self._last)
-        return Frame((self._first,), (self._last,), room, max(0, len(ids) - room), query_ids)
+        kept = min(room, max_query)
+        query_ids = (self._first, *ids[:kept], self._last)
+        return Frame((self._first,), (self._last,), room, max(0, len(ids) - kept), query_ids)
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
-    """For each passage of `indices` its pair, or its windows. Raises BadRequestError for one that may not be cut."""
+    """For each passage of `indices` its pair, or its windows. Raises BadRequestError for one that
+    may not be cut."""
     if request.on_overflow == CHUNK:
         return [
-            pairs.windows(request.query_of(index), request.passages[index], request.max_length, request.max_passage)
+            pairs.windows(request.query_of(index), request.passages[index], request.cut)
             for index in indices
-        ]  # fmt: skip
+        ]
     by_query: dict[str, list[int]] = {}
     for index in indices:
         by_query.setdefault(request.query_of(index), []).append(index)
     made: dict[int, Pair] = {}
     for query, own in by_query.items():
         texts = [request.passages[index] for index in own]
-        built = pairs.make(query, texts, request.max_length, request.max_passage, request.keep_end)
-        made.update(zip(own, built, strict=True))
+        made.update(zip(own, pairs.make(query, texts, request.cut), strict=True))
     for index, pair in made.items():
         if request.on_overflow == ERROR and pair.truncated:
             name = f"{request.texts}[{index}]"
-            raise BadRequestError(f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query", name)
+            message = f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query"
+            raise BadRequestError(message, name)
     return [[made[index]] for index in indices]
 
 
 def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
     """How much of a passage that was cut the model saw. All of it: then the query was cut."""
-    passage, room = request.passages[index], request.max_passage
+    passage, room = request.passages[index], request.cut.max_passage
     if request.on_overflow != CHUNK:
-        room = pairs.room(request.query_of(index), request.max_length, room)
-    return len(passage) if room is None else pairs.n_characters(passage, room, request.keep_end)
+        room = pairs.room(request.query_of(index), request.cut)
+    if room is None:
+        return len(passage)
+    return pairs.n_characters(passage, room, request.cut.keep_end)
 
 
 class VocabTokenizer:
-    """llama.cpp's own tokenizer of the opened file: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it.
-
-    add_special is false (the pairs bring their own) and parse_special is false (`</s>` inside a text is text).
-    """
+    """llama.cpp's own: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it. The pairs
+    bring their own specials, and `</s>` inside a text is text. Any thread."""
 
     def __init__(self, vocab: Any) -> None:
-        self._vocab = vocab
+        self._vocab, self._native = vocab, llama().llama_tokenize
 
     def __call__(self, text: str) -> list[int]:
         raw = text.encode("utf-8")
         if not raw:
             return []
-        size = len(raw) + 16  # a byte gives at most one id, and a few for a prefix
-        buffer = (llama.llama_token * size)()
-        count = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, False, False)
+        ids, count = self._tokenize(raw, len(raw) + 16)  # about an id for each byte at most
         if count < 0:
-            size = -count
-            buffer = (llama.llama_token * size)()
-            count = llama.llama_tokenize(self._vocab, raw, len(raw), buffer, size, False, False)
+            ids, count = self._tokenize(raw, -count)
         if count < 0:
             raise EngineError("the tokenizer failed")
-        return list(buffer[:count])
+        return list(ids[:count])
+
+    def _tokenize(self, raw: bytes, size: int) -> tuple[Any, int]:
+        buffer = (ctypes.c_int32 * size)()
+        return buffer, self._native(self._vocab, raw, len(raw), buffer, size, False, False)
 
 
 class XlmRobertaTokenizer(VocabTokenizer):
-    """U+0085 (NEXT LINE) is the one character at which transformers' tokenizer splits and llama.cpp's does not."""
+    """U+0085 (NEXT LINE) is the one character at which the reference splits and llama.cpp's
+    tokenizer does not."""
 
     def __call__(self, text: str) -> list[int]:
         return super().__call__(text.replace("\x85", " "))
 
 
 class WordPieceTokenizer:
-    """BERT's tokenizer over the file's vocabulary (Devlin et al., 2018; tokenization.py of google-research/bert).
-
-    Not llama.cpp's, which differs from the reference: it has no [UNK] for words of more than 100 characters, and drops
-    spacing combining marks (Devanagari vowel signs) that BERT keeps.
-    """
+    """BERT's tokenizer over the file's vocabulary (tokenization.py of google-research/bert). Not
+    llama.cpp's, which has no [UNK] for words of more than 100 characters, and drops spacing
+    combining marks (Devanagari vowel signs) that BERT keeps. Any thread."""
 
     MAX_WORD_CHARACTERS = 100
+    WORDS_KEPT = 16384  # of at most 100 characters: 25 MB if all are of the longest kind
 
-    def __init__(self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool) -> None:
-        """pieces: the GGUF's token texts; a piece that begins a word is stored as "▁piece" there."""
-        self._starts = {piece[1:]: index for index, piece in enumerate(pieces) if piece.startswith("▁")}
-        self._continuations = {piece: index for index, piece in enumerate(pieces) if not piece.startswith("▁")}
+    def __init__(
+        self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
+    ) -> None:
+        """pieces: the GGUF's token texts; one that begins a word is stored as "▁piece" there."""
+        self._starts: dict[str, int] = {}
+        self._continuations: dict[str, int] = {}
+        for index, piece in enumerate(pieces):
+            kind = self._starts if piece.startswith("▁") else self._continuations
+            kind[piece.removeprefix("▁")] = index
         self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
-        self._word = functools.lru_cache(maxsize=65536)(self._split_word)
-        self._fold = _CharacterTable(self._fold_character)
+        self._word = functools.lru_cache(self.WORDS_KEPT)(self._split_word)
+        self._fold = CharacterTable(self._fold_character)
 
     def __call__(self, text: str) -> list[int]:
-        return [index for word in self._words(text) for index in self._word(word)]
+        ids: list[int] = []
+        for word in self._words(text):
+            is_long = len(word) > self.MAX_WORD_CHARACTERS
+            ids += (self._unknown,) if is_long else self._word(word)
+        return ids
 
     def _words(self, text: str) -> list[str]:
         text = "".join(map(_CLEAN.__getitem__, text))
@@ -1197,11 +1229,10 @@ class WordPieceTokenizer:
         is_ascii_symbol = "!" <= character <= "~" and not character.isalnum()
         if is_ascii_symbol or category.startswith("P"):
             return f" {character} "
-        return character.lower() if self._lowercase else character  # one by one: no final sigma, as the reference
+        # One by one: no final sigma, as the reference.
+        return character.lower() if self._lowercase else character
 
     def _split_word(self, word: str) -> tuple[int, ...]:
-        if len(word) > self.MAX_WORD_CHARACTERS:
-            return (self._unknown,)
         ids: list[int] = []
         start, pieces = 0, self._starts
         while start < len(word):
@@ -1215,51 +1246,59 @@ class WordPieceTokenizer:
         return tuple(ids)
 
 
-class _CharacterTable(dict[str, str]):
-    """What each character becomes, computed once per character."""
+class CharacterTable(dict[str, str]):
+    """What each character becomes, computed once for those that are used."""
+
+    MAX_KEPT = 16384  # 3 MB; then it begins anew
 
     def __init__(self, rule: Callable[[str], str]) -> None:
         super().__init__()
         self._rule = rule
 
     def __missing__(self, character: str) -> str:
+        if len(self) >= self.MAX_KEPT:
+            self.clear()
         self[character] = result = self._rule(character)
         return result
 
 
 def _clean_character(character: str) -> str:
-    """BertNormalizer: control characters go, white space is a space, CJK ideographs stand alone."""
+    """BertNormalizer: control characters go, white space is a space, ideographs stand alone."""
     category = unicodedata.category(character)
     if character in "\t\n\r" or category.startswith("Z"):
         return " "
-    if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):  # not Cn: an emoji newer than Python's tables
+    # Not Cn: an emoji may be newer than Python's tables.
+    if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
         return ""
     code = ord(character)
-    return f" {character} " if any(low <= code <= high for low, high in _CJK_RANGES) else character
+    is_ideograph = any(low <= code <= high for low, high in _IDEOGRAPHS)
+    return f" {character} " if is_ideograph else character
 
 
-# The CJK Unicode blocks that BERT's _is_chinese_char names.
-_CJK_RANGES = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-               (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))  # fmt: skip
-_CLEAN = _CharacterTable(_clean_character)
+_IDEOGRAPHS = (  # the CJK blocks that BERT's _is_chinese_char names
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)
+_CLEAN = CharacterTable(_clean_character)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Call: one request under way
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Call and metrics: what is known of one request under way, and of all of them
+# --------------------------------------------------------------------------------------------------
 
-T = TypeVar("T")
+HANG_UP_POLL_S = 0.25
 
 
 @dataclass
 class Call:
-    """What a request needs beside its texts: when it must be answered and whether its client still waits. And what is
-    measured of it. Its own thread alone uses it."""
+    """What a request needs beside its texts: when it must be answered, whether its client still
+    waits, and what is measured of it. Its own thread alone uses it."""
 
     is_gone: Callable[[], bool] = lambda: False
     is_cut_off: Callable[[], bool] = lambda: False  # the server stops and waits no longer
     timeout_s: float = math.inf
     accept: str = ""  # the Accept header
+    path: str = ""
     started: float = dataclasses.field(default_factory=time.monotonic)
     request: RerankRequest | None = None
     tokenise_s: float = 0.0
@@ -1290,127 +1329,110 @@ class Call:
             self.check()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics: GET /metrics, in Prometheus' text format
-# ---------------------------------------------------------------------------------------------------------------------
-
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_TENTHS = tuple(tenths / 10 for tenths in range(1, 11))
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A row of METRICS. buckets: of a histogram."""
-
-    name: str
-    kind: Callable[..., Any]
-    help: str
-    labels: tuple[str, ...] = ("role",)
-    buckets: tuple[float, ...] = ()
-
-
-METRICS = (
-    Metric("requests", prometheus_client.Counter, "answers; status 499: the client hung up", ("route", "status")),
-    Metric("request_seconds", prometheus_client.Histogram, "from a request's arrival to its answer", ("route",),
-           _SECONDS),
-    Metric("queue_seconds", prometheus_client.Histogram, "while a request's pairs waited for their turn",
-           buckets=_SECONDS),
-    Metric("tokenise_seconds", prometheus_client.Histogram, "a request's tokenising", buckets=_SECONDS),
-    Metric("inference_seconds", prometheus_client.Histogram, "decodes with a pair of the request", buckets=_SECONDS),
-    Metric("batch_fill_ratio", prometheus_client.Histogram, "tokens of a decode, as a part of --ubatch",
-           buckets=_TENTHS),
-    Metric("pairs", prometheus_client.Counter, "pairs that were scored"),
-    Metric("tokens", prometheus_client.Counter, "their tokens, without a prefix that they share"),
-    Metric("failed_batches", prometheus_client.Counter, "decodes that failed, with all requests in them"),
-    Metric("cache_hits", prometheus_client.Counter, "pairs whose score was known"),
-    Metric("truncated_passages", prometheus_client.Counter, "passages that were cut"),
-    Metric("queue_tokens", prometheus_client.Gauge, "tokens that wait"),
-    Metric("queue_requests", prometheus_client.Gauge, "requests that wait or are being scored"),
-    Metric("model_loaded", prometheus_client.Gauge, "1: in memory"),
-    Metric("accel_bytes", prometheus_client.Gauge, "weights that the int8 engine holds; 0: it is not used", ()),
-    Metric("resident_bytes", prometheus_client.Gauge, "resident memory of the process", ()),
-    Metric("model", prometheus_client.Info, "the file of a role", ("role",)),
-    Metric("build", prometheus_client.Info, "versions", ()),
-)  # fmt: skip
+_SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
+_TENTHS = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1)
 
 
 class Metrics:
-    """METRICS in a registry of their own, so that a process can hold several servers. Any thread."""
+    """What GET /metrics shows, in a registry of its own: a process can hold several. Any thread."""
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        self._metrics = {
-            metric.name: metric.kind(
-                f"rerank_{metric.name}", metric.help, metric.labels, registry=self.registry,
-                **({"buckets": metric.buckets} if metric.buckets else {}),
-            )
-            for metric in METRICS
-        }  # fmt: skip
-        self("resident_bytes").set_function(resident_bytes)
-        self("accel_bytes").set_function(accel_bytes)
-        self("build").info({"version": __version__, "llama_cpp_python": llama_cpp.__version__})
+        counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
+        info, role = prometheus_client.Info, ("role",)
+        self.requests = self._new(
+            counter, "requests", "answers; status 499: the client hung up", ("route", "status"))
+        self.request_seconds = self._seconds(
+            "request_seconds", "from a request's arrival to its answer", ("route",))
+        self.queue_seconds = self._seconds(
+            "queue_seconds", "while a request's pairs waited for their turn")
+        self.tokenise_seconds = self._seconds("tokenise_seconds", "a request's tokenising")
+        self.inference_seconds = self._seconds(
+            "inference_seconds", "decodes with a pair of the request")
+        self.batch_fill_ratio = self._new(
+            prometheus_client.Histogram, "batch_fill_ratio",
+            "tokens of a decode, as a part of --ubatch", role, buckets=_TENTHS)
+        self.pairs = self._new(counter, "pairs", "pairs that were scored", role)
+        self.tokens = self._new(counter, "tokens", "their tokens, without a shared prefix", role)
+        self.failed_batches = self._new(
+            counter, "failed_batches", "decodes that failed, with all requests in them", role)
+        self.cache_hits = self._new(counter, "cache_hits", "pairs whose score was known", role)
+        self.truncated_passages = self._new(
+            counter, "truncated_passages", "passages that were cut", role)
+        self.replaced_passages = self._new(
+            counter, "replaced_passages", "passages with half a character", role)
+        self.queue_tokens = self._new(gauge, "queue_tokens", "tokens that wait", role)
+        self.queue_requests = self._new(
+            gauge, "queue_requests", "requests that wait or are being scored", role)
+        self.model_loaded = self._new(gauge, "model_loaded", "1: in memory", role)
+        self.model = self._new(info, "model", "the file of a role", role)
+        self._new(gauge, "accel_bytes", "weights in the int8 engine").set_function(accel_bytes)
+        self._new(gauge, "resident_bytes", "of the process").set_function(resident_bytes)
+        versions = {"version": __version__, "llama_cpp_python": llama_version()}
+        self._new(info, "build", "versions").info(versions)
 
-    def __call__(self, name: str, *labels: str) -> Any:
-        """A metric of the prometheus-client library, with its labels' values."""
-        return self._metrics[name].labels(*labels) if labels else self._metrics[name]
+    def _new(self, kind: Any, name: str, help: str, labels: Sequence[str] = (), **more: Any) -> Any:
+        return kind(f"rerank_{name}", help, labels, registry=self.registry, **more)
+
+    def _seconds(self, name: str, help: str, labels: Sequence[str] = ("role",)) -> Any:
+        kind = prometheus_client.Histogram
+        return self._new(kind, name, help, labels, buckets=_SECONDS)
 
     def add_role(self, role: Role) -> None:
-        name, description = role.name, role.description
-        self("queue_tokens", name).set_function(lambda: role.queue.n_tokens)
-        self("queue_requests", name).set_function(lambda: role.queue.n_requests)
-        self("model_loaded", name).set_function(lambda: role.loaded)
-        self("model", name).info({"file": description.path.name, "kind": description.kind,
-                                  "quantization": description.quantization})  # fmt: skip
+        name, model = role.name, role.description
+        self.queue_tokens.labels(name).set_function(role.n_waiting_tokens)
+        self.queue_requests.labels(name).set_function(role.n_requests)
+        self.model_loaded.labels(name).set_function(role.is_loaded)
+        about = {"file": model.path.name, "kind": model.kind, "quantization": model.quantization}
+        self.model.labels(name).info(about)
 
     def text(self) -> str:
         return prometheus_client.generate_latest(self.registry).decode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Queue and scheduler: one thread for each model; nobody else touches its llama context
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
+MAX_RETRY_AFTER_S = 600
 
 
 def take_batch(
-    waiting: deque[T], n_tokens: Callable[[T], float], max_batch_tokens: int, max_sequences: int,
+    waiting: list[T], n_tokens: Callable[[T], float], room: float, most: int,
     is_shared: bool = False,
-) -> list[T]:  # fmt: skip
-    """Takes the first of `waiting` and, in order, those behind it that still fit the budget; the rest stay in order.
+) -> list[T]:
+    """Takes the first of `waiting` and, in order, those behind it that still fit `room` tokens.
 
-    The first is taken whatever its length, unless is_shared: a pair longer than the budget gets a decode of its own.
+    The first is taken whatever its length, unless is_shared. At most MAX_SEQUENCES are passed over.
     """
-    batch: list[T] = []
-    skipped: list[T] = []
-    room: float = max_batch_tokens
-    while waiting and len(batch) < max_sequences and len(skipped) < MAX_SEQUENCES and (room > 0 or not batch):
-        candidate = waiting.popleft()
-        if n_tokens(candidate) <= room or not (batch or is_shared):
-            batch.append(candidate)
-            room -= n_tokens(candidate)
+    taken: list[T] = []
+    passed: list[T] = []
+    n_seen = 0
+    for candidate in waiting:
+        if len(taken) >= most or len(passed) >= MAX_SEQUENCES or (room <= 0 and taken):
+            break
+        n_seen += 1
+        size = n_tokens(candidate)
+        if size <= room or not (taken or is_shared):
+            taken.append(candidate)
+            room -= size
         else:
-            skipped.append(candidate)
-    waiting.extendleft(reversed(skipped))
-    return batch
+            passed.append(candidate)
+    waiting[:n_seen] = passed
+    return taken
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A pair that waits, and the group that waits for it."""
-
-    pair: Pair
-    key: bytes
-    group: Group
-    prefix: tuple[int, ...]
-
-
-class Group:
-    """What one request asks of one model. The queue's lock guards it, except for the future."""
+class Job:
+    """What one request asks of one model. The queue's lock guards it, except for the future and
+    `known`, the logits that the request's own thread found in the cache."""
 
     def __init__(self, n_estimated: int) -> None:
-        self.waiting: deque[Entry] = deque()  # the longest first, so that short ones fill the batches
+        self.waiting: list[Entry] = []  # one prefix after the other, the longest pairs first
         self.keys: set[bytes] = set()  # of every pair that was submitted
         self.logits: dict[bytes, float] = {}
-        self.scored: Future[dict[bytes, float]] = Future()  # key -> logit of all pairs, once the group is complete
+        self.known: dict[bytes, float] = {}
+        self.scored: Future[dict[bytes, float]] = Future()  # logits of all pairs by their keys
         self.is_complete = False  # nothing more will be submitted
         self.n_estimated = n_estimated  # tokens of what is not tokenised yet
         self.n_waiting = 0  # tokens
@@ -1422,45 +1444,61 @@ class Group:
         return self.n_estimated + self.n_waiting
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A pair that waits, and the job that waits for it."""
+
+    pair: Pair
+    key: bytes
+    job: Job
+    prefix: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[tuple[int, ...], int]:
+        """Pairs with one prefix stand together: the engine then computes it once. Long pairs go
+        first, so that short ones fill the decodes."""
+        return self.prefix, -self.pair.n_new
+
+
 class Queue:
-    """The groups that wait for one engine. They take turns: each decode is the next group's, so a short request waits
-    for one decode of a long one and not for all of it. Any thread appends; one scheduler takes."""
+    """The jobs that wait for one engine. They take turns: each decode is the next job's, so a short
+    request waits for one decode of a long one and not for all of it. Any thread appends; one
+    scheduler takes."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._groups: set[Group] = set()  # every one that was admitted and has not ended
-        self._turns: deque[Group] = deque()  # those with something to score; the next one is first
-        self._served: Group | None = None  # whose turn the running decode is; behind those that arrive meanwhile
+        self._jobs: set[Job] = set()  # every one that was admitted and has not ended
+        self._turns: list[Job] = []  # those with something to score; the next one is first
+        self._served: Job | None = None  # whose turn the running decode is
         self._tokens_per_s = 0.0  # smoothed over some ten batches; 0: nothing was measured yet
         self._closed = False
-        self._changed = threading.Condition()  # guards all of it, and the groups
+        self._failure: RequestError | None = None  # why nobody takes any more
+        self._lock = threading.Lock()  # guards all of it, and the jobs
+        self._work = threading.Condition(self._lock)  # for the scheduler
+        self._room = threading.Condition(self._lock)  # for those whose job waits to be tokenised
 
     @contextlib.contextmanager
-    def admit(self, n_estimated: int) -> Iterator[Group]:
-        """A group, whose pairs are dropped when the `with` ends. n_estimated: tokens, before anything is tokenised.
-
-        Raises OverloadedError when as much waits as may. One group counts for at most half of that: a list of any
-        length is accepted, and leaves room for others. Raises UnavailableError once the queue is closed.
-        """
-        group = Group(n_estimated)
-        with self._changed:
+    def admit(self, n_estimated: int) -> Iterator[Job]:
+        """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens, before anything
+        is tokenised. Raises OverloadedError when as much waits as may (one job counts for at most
+        half of it: a list of any length is accepted, and leaves room for others), and
+        UnavailableError once the queue is closed."""
+        job = Job(n_estimated)
+        with self._lock:
             if self._closed:
                 raise UnavailableError("the server is stopping")
-            excess = self._n_charged() + self._charge(group) - self._max_tokens
+            excess = sum(map(self._charge, (*self._jobs, job))) - self._max_tokens
             if excess > 0:
                 raise OverloadedError(self.n_tokens, self._seconds_for(excess))
-            self._groups.add(group)
+            self._jobs.add(job)
         try:
-            yield group
+            yield job
         finally:
-            with self._changed:
-                self._end(group)
+            with self._lock:
+                self._end(job)
 
-    def _n_charged(self) -> int:
-        return sum(self._charge(group) for group in self._groups)
-
-    def _charge(self, group: Group) -> int:
-        return min(group.n_tokens, self._max_tokens // 2)
+    def _charge(self, job: Job) -> int:
+        return min(job.n_tokens, self._max_tokens // 2)
 
     def _seconds_for(self, n_tokens: int) -> int:
         """Until the engine will have scored so many, by what it scored lately."""
@@ -1470,152 +1508,190 @@ class Queue:
     @property
     def n_tokens(self) -> int:
         """Tokens that wait, as far as they are known."""
-        return sum(group.n_tokens for group in tuple(self._groups))
+        return sum(job.n_tokens for job in tuple(self._jobs))
 
     @property
     def n_requests(self) -> int:
-        return len(self._groups)
+        return len(self._jobs)
 
-    def append(self, group: Group, pairs: dict[bytes, Pair], n_estimated: int) -> None:
-        """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still to come."""
-        entries = [Entry(pair, key, group, pair.prefix) for key, pair in pairs.items()]
-        with self._changed:
-            group.keys |= pairs.keys()
-            group.n_estimated = n_estimated
-            if not entries or group not in self._groups:
+    def wait_for_room(self, job: Job, max_waiting: int, call: Call) -> None:
+        """Until no more than so many tokens of the job wait: a long list is tokenised only a little
+        ahead of the engine. Raises what Call.check does."""
+        while not self._has_room(job, max_waiting):
+            call.check()
+
+    def _has_room(self, job: Job, max_waiting: int) -> bool:
+        def has_room() -> bool:
+            return job.n_waiting <= max_waiting or job.scored.done()
+
+        with self._lock:
+            return self._room.wait_for(has_room, HANG_UP_POLL_S)
+
+    def append(self, job: Job, pairs: dict[bytes, Pair], n_estimated: int) -> None:
+        """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still
+        to come. Raises EngineError where nobody takes any more."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            job.keys |= pairs.keys()
+            job.n_estimated = n_estimated
+            if not pairs or job not in self._jobs:
                 return
-            group.n_waiting += sum(entry.pair.n_new for entry in entries)
-            # Pairs with one prefix stand together: the engine then computes it once.
-            group.waiting = deque(
-                sorted((*group.waiting, *entries), key=lambda entry: (entry.prefix, -entry.pair.n_new))
-            )
-            group.submitted = min(group.submitted, time.monotonic())
-            if group not in self._turns and group is not self._served:
-                self._turns.append(group)
-            self._changed.notify()
+            for key, pair in pairs.items():
+                entry = Entry(pair, key, job, pair.prefix)
+                bisect.insort(job.waiting, entry, key=_entry_order)
+                job.n_waiting += pair.n_new
+            job.submitted = min(job.submitted, time.monotonic())
+            if job not in self._turns and job is not self._served:
+                self._turns.append(job)
+            self._work.notify()
 
-    def complete(self, group: Group) -> Future[dict[bytes, float]]:
-        """The group's logits by key, or the first thing that went wrong. Nothing may be appended after it."""
-        with self._changed:
-            group.is_complete, group.n_estimated = True, 0
-            self._settle(group)
-            return group.scored
+    def complete(self, job: Job) -> Future[dict[bytes, float]]:
+        """The job's logits by key, or the first thing that went wrong. Nothing may be appended
+        after it."""
+        with self._lock:
+            job.is_complete, job.n_estimated = True, 0
+            self._settle(job)
+            return job.scored
 
-    def next_batch(self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None) -> list[Entry] | None:
-        """The next group's turn. Waits for one; an empty list: none came for idle_s. None: closed, and all was taken.
+    def next_batch(
+        self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None
+    ) -> list[Entry] | None:
+        """The next job's turn. Waits for one; an empty list: none came for idle_s. None: closed,
+        and all was taken. A batch has one prefix.
 
-        What is left of the decode is shared with the groups behind that need no more than one decode, but only as many
-        tokens as it has itself: a short request takes at most twice its time for other short ones, and none for a long
-        one. A batch has one prefix, or the engine would need a decode for each.
+        What is left of the decode is shared with the jobs behind that need no more than one decode,
+        but only as many tokens as it has itself: a short request takes at most twice its time for
+        other short ones, and none for a long one.
         """
-        with self._changed:
+        with self._lock:
             if self._served is not None and self._served.waiting:
                 self._turns.append(self._served)
             self._served = None
-            self._changed.wait_for(lambda: self._turns or (self._closed and not self._groups), idle_s)
+            self._work.wait_for(self._has_work, idle_s)
             if not self._turns:
-                return None if self._closed and not self._groups else []
-            group = self._served = self._turns.popleft()
-            prefix = group.waiting[0].prefix
-
-            def n_tokens(entry: Entry) -> float:
-                return entry.pair.n_new if entry.prefix == prefix else math.inf
-
-            batch = self._take(group, n_tokens, max_batch_tokens, max_sequences, is_shared=False)
+                return None if self._has_work() else []
+            job = self._served = self._turns.pop(0)
+            prefix = job.waiting[0].prefix
+            batch = self._take(job, prefix, max_batch_tokens, max_sequences)
             n_own = sum(entry.pair.n_new for entry in batch)
             room = min(max_batch_tokens - n_own, n_own)
             for other in self._turns:
-                if room <= 0 or len(batch) >= max_sequences:
-                    break
-                if other.n_tokens > max_batch_tokens:
-                    continue
-                taken = self._take(other, n_tokens, room, max_sequences - len(batch), is_shared=True)
-                room -= sum(entry.pair.n_new for entry in taken)
-                batch += taken
-            self._turns = deque(other for other in self._turns if other.waiting)
+                if room > 0 and other.n_tokens <= max_batch_tokens:
+                    most = max_sequences - len(batch)
+                    shared = self._take(other, prefix, room, most, is_shared=True)
+                    room -= sum(entry.pair.n_new for entry in shared)
+                    batch += shared
+            self._turns = [other for other in self._turns if other.waiting]
+            self._room.notify_all()
             return batch
 
+    def _has_work(self) -> bool:
+        """Or there will never be any."""
+        return bool(self._turns) or (self._closed and not self._jobs)
+
     @staticmethod
-    def _take(group: Group, n_tokens: Callable[[Entry], float], room: int, most: int, is_shared: bool) -> list[Entry]:
-        batch = take_batch(group.waiting, n_tokens, room, most, is_shared)
-        group.n_waiting -= sum(entry.pair.n_new for entry in batch)
+    def _take(
+        job: Job, prefix: tuple[int, ...], room: float, most: int, is_shared: bool = False
+    ) -> list[Entry]:
+        def n_tokens(entry: Entry) -> float:
+            return entry.pair.n_new if entry.prefix == prefix else math.inf
+
+        batch = take_batch(job.waiting, n_tokens, room, most, is_shared)
+        job.n_waiting -= sum(entry.pair.n_new for entry in batch)
         return batch
 
     def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
-        """What the engine made of a batch. A logit that is no number fails its own group, not the others."""
-        with self._changed:
+        """What the engine made of a batch. A logit that is no number fails its own job, not the
+        others."""
+        with self._lock:
             rate = sum(entry.pair.n_new for entry in batch) / max(seconds, 1e-6)
-            self._tokens_per_s += (rate - self._tokens_per_s) * (0.1 if self._tokens_per_s else 1)
+            weight = 0.1 if self._tokens_per_s else 1
+            self._tokens_per_s += (rate - self._tokens_per_s) * weight
             for entry, logit in zip(batch, logits, strict=True):
                 if math.isfinite(logit):
-                    entry.group.logits[entry.key] = logit
+                    entry.job.logits[entry.key] = logit
                 else:
-                    self._fail(entry.group, EngineError(f"the model gave {logit} in place of a score"))
-            self._end_batch(batch, seconds)
+                    error = EngineError(f"the model gave {logit} in place of a score")
+                    self._fail(entry.job, error)
+            for job in {entry.job for entry in batch}:
+                job.inference_s += seconds
+                self._settle(job)
 
-    def fail(self, batch: Sequence[Entry], error: RequestError, seconds: float) -> None:
-        """Ends each group of the batch with the error; what else they wait for is dropped."""
-        with self._changed:
-            for group in {entry.group for entry in batch}:
-                self._fail(group, error)
-            self._end_batch(batch, seconds)
+    def fail(self, error: RequestError, batch: Sequence[Entry] = ()) -> None:
+        """Ends each job of the batch with the error. Without a batch: every job, and those that
+        come, until restart: nobody takes them."""
+        with self._lock:
+            if not batch:
+                self._failure = error
+            for job in {entry.job for entry in batch} or tuple(self._jobs):
+                self._fail(job, error)
 
-    def _end_batch(self, batch: Sequence[Entry], seconds: float) -> None:
-        for group in {entry.group for entry in batch}:
-            group.inference_s += seconds
-            self._settle(group)
+    def restart(self) -> None:
+        """Somebody takes again."""
+        with self._lock:
+            self._failure = None
 
-    def _settle(self, group: Group) -> None:
-        if group.is_complete and not group.scored.done() and len(group.logits) == len(group.keys):
-            if group.keys:
-                group.queue_s = max(0.0, time.monotonic() - group.submitted - group.inference_s)
-            group.scored.set_result(group.logits)
+    def _settle(self, job: Job) -> None:
+        if job.is_complete and not job.scored.done() and len(job.logits) == len(job.keys):
+            if job.keys:
+                waited_s = time.monotonic() - job.submitted
+                job.queue_s = max(0.0, waited_s - job.inference_s)
+            job.scored.set_result(job.logits)
 
-    def _fail(self, group: Group, error: RequestError) -> None:
-        if not group.scored.done():
-            group.scored.set_exception(error)
-        self._end(group)
+    def _fail(self, job: Job, error: RequestError) -> None:
+        if not job.scored.done():
+            job.scored.set_exception(error)
+        self._end(job)
 
-    def _end(self, group: Group) -> None:
-        """Drops what the group still waits for."""
-        self._groups.discard(group)
-        group.waiting.clear()
-        group.n_waiting = group.n_estimated = 0
-        if group in self._turns:
-            self._turns.remove(group)
-        self._changed.notify()
+    def _end(self, job: Job) -> None:
+        """Drops what the job still waits for."""
+        self._jobs.discard(job)
+        job.waiting.clear()
+        job.n_waiting = job.n_estimated = 0
+        if job in self._turns:
+            self._turns.remove(job)
+        self._work.notify()
+        self._room.notify_all()
 
     def close(self) -> None:
-        """No more groups are admitted; those that wait are still served."""
-        with self._changed:
+        """No more jobs are admitted; those that wait are still served."""
+        with self._lock:
             self._closed = True
-            self._changed.notify()
+            self._work.notify()
+
+
+def _entry_order(entry: Entry) -> tuple[tuple[int, ...], int]:
+    return entry.order
 
 
 class Scheduler:
-    """The one thread that loads an engine, calls engine.score, and frees it. Every group that it is given ends, with
-    logits or an exception."""
+    """The one thread that loads an engine, calls engine.score, and frees it. Every job that it is
+    given ends, with logits or an exception."""
 
     def __init__(
-        self, name: str, queue: Queue, load: Callable[[], Engine], idle_s: Callable[[Engine], float | None],
-        metrics: Metrics,
-    ) -> None:  # fmt: skip
-        """idle_s: for how long the engine may be idle before it is asked again; None: it was given up and freed."""
-        self._name, self._queue, self._load, self._idle_s, self._metrics = name, queue, load, idle_s, metrics
+        self, name: str, queue: Queue, load: Callable[[], Engine],
+        idle_s: Callable[[Engine], float | None], metrics: Metrics,
+    ) -> None:
+        """idle_s: for how long the engine may be idle before it is asked again; None: it was given
+        up and freed."""
+        self._name, self._queue, self._metrics = name, queue, metrics
+        self._load, self._idle_s = load, idle_s
         self.engine: Future[Engine] = Future()
+        self._is_dead = False
         self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
         self._thread.start()
 
     @property
     def is_loaded(self) -> bool:
-        return self.engine.done() and self.engine.exception() is None
+        return self.engine.done() and not self.has_failed
 
     @property
     def has_failed(self) -> bool:
-        return self.engine.done() and self.engine.exception() is not None
+        return self._is_dead or (self.engine.done() and self.engine.exception() is not None)
 
     def join(self, timeout_s: float | None) -> bool:
-        """Waits until the closed queue is empty and the engine freed. False: that took longer than timeout_s."""
+        """Waits until the closed queue is empty and the engine freed. False: it took longer."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -1625,11 +1701,23 @@ class Scheduler:
         except BaseException as error:
             self.engine.set_exception(error)
             return
+        self._queue.restart()
         self.engine.set_result(engine)
-        while (idle_s := self._idle_s(engine)) is not None:
-            batch = self._queue.next_batch(
-                engine.max_batch_tokens, engine.max_sequences, idle_s if math.isfinite(idle_s) else None
-            )
+        try:
+            self._serve(engine)
+        except BaseException:
+            log.exception("%s: the scheduler's thread ends", self._name)
+            self._is_dead = True  # the next request starts another
+            self._queue.fail(EngineError("the engine has stopped; see the server's log"))
+            engine.close()
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            idle_s = self._idle_s(engine)
+            if idle_s is None:
+                return
+            wait_s = idle_s if math.isfinite(idle_s) else None
+            batch = self._queue.next_batch(engine.max_batch_tokens, engine.max_sequences, wait_s)
             if batch is None:
                 engine.close()
                 return
@@ -1638,73 +1726,50 @@ class Scheduler:
 
     def _score(self, engine: Engine, batch: list[Entry]) -> None:
         started, n_tokens = time.monotonic(), sum(entry.pair.n_new for entry in batch)
-        self._metrics("batch_fill_ratio", self._name).observe(n_tokens / engine.max_batch_tokens)
+        fill = n_tokens / engine.max_batch_tokens
+        self._metrics.batch_fill_ratio.labels(self._name).observe(fill)
         try:
             logits = engine.score([entry.pair for entry in batch])
             if len(logits) != len(batch):
                 raise EngineError(f"the engine gave {len(logits)} scores for {len(batch)} pairs")
         except Exception as error:
-            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not isinstance(error, RequestError))
-            failure = error if isinstance(error, RequestError) else EngineError("scoring failed; see the server's log")
-            self._metrics("failed_batches", self._name).inc()
-            self._queue.fail(batch, failure, time.monotonic() - started)
+            is_known = isinstance(error, RequestError)
+            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not is_known)
+            self._metrics.failed_batches.labels(self._name).inc()
+            if not isinstance(error, RequestError):
+                error = EngineError("scoring failed; see the server's log")
+            self._queue.fail(error, batch)
             return
-        self._metrics("pairs", self._name).inc(len(batch))
-        self._metrics("tokens", self._name).inc(n_tokens)
+        self._metrics.pairs.labels(self._name).inc(len(batch))
+        self._metrics.tokens.labels(self._name).inc(n_tokens)
         self._queue.finish(batch, logits, time.monotonic() - started)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GGUF metadata: read before llama.cpp loads the file, so that a wrong one is refused in one line
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Model file: its header is read here, with bounds, before llama.cpp loads it, so that a wrong one is
+# refused in one line (ggml/docs/gguf.md)
+# --------------------------------------------------------------------------------------------------
 
+CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
+CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
+_MAKE = "make a right one with: python -m convert"
 
-def _native(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of ggml's C API (gguf.h, ggml.h) that llama-cpp-python does not bind. libllama links ggml."""
-    function = getattr(llama._lib, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
-class _GgufInitParams(ctypes.Structure):
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-class _TypeTraits(ctypes.Structure):  # struct ggml_type_traits, ggml.h
-    _fields_ = (
-        ("type_name", ctypes.c_char_p), ("blck_size", ctypes.c_int64), ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p),
-        ("from_float_ref", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-_C, _I, _P, _S = ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_size_t
-gguf_init_from_file = _native("gguf_init_from_file", _P, _C, _GgufInitParams)
-gguf_free = _native("gguf_free", None, _P)
-gguf_get_n_kv = _native("gguf_get_n_kv", _I, _P)
-gguf_get_key = _native("gguf_get_key", _C, _P, _I)
-gguf_get_kv_type = _native("gguf_get_kv_type", ctypes.c_int, _P, _I)
-gguf_get_arr_type = _native("gguf_get_arr_type", ctypes.c_int, _P, _I)
-gguf_get_arr_n = _native("gguf_get_arr_n", _S, _P, _I)
-gguf_get_arr_data = _native("gguf_get_arr_data", _P, _P, _I)
-gguf_get_val_data = _native("gguf_get_val_data", _P, _P, _I)
-gguf_get_val_str = _native("gguf_get_val_str", _C, _P, _I)
-gguf_get_data_offset = _native("gguf_get_data_offset", _S, _P)
-gguf_get_n_tensors = _native("gguf_get_n_tensors", _I, _P)
-gguf_get_tensor_name = _native("gguf_get_tensor_name", _C, _P, _I)
-gguf_get_tensor_offset = _native("gguf_get_tensor_offset", _S, _P, _I)
-gguf_get_tensor_type = _native("gguf_get_tensor_type", ctypes.c_int, _P, _I)
-gguf_get_tensor_size = _native("gguf_get_tensor_size", _S, _P, _I)
-gguf_get_tensor_ne = _native("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), _P, _I)
-ggml_get_type_traits = _native("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
-
-# gguf.h, enum gguf_type -> the C type of a value
-_GGUF_SCALARS: dict[int, Any] = {
-    0: ctypes.c_uint8, 1: ctypes.c_int8, 2: ctypes.c_uint16, 3: ctypes.c_int16, 4: ctypes.c_uint32, 5: ctypes.c_int32,
-    6: ctypes.c_float, 7: ctypes.c_bool, 10: ctypes.c_uint64, 11: ctypes.c_int64, 12: ctypes.c_double,
-}  # fmt: skip
+_GGUF_SCALARS = {  # enum gguf_type -> the struct code of a value
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _LONG_ARRAY = 4096  # longer ones (vocabularies) are left to llama.cpp
+MAX_DIMENSIONS = 4
+# enum ggml_type -> values in a block, bytes of a block
+_BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+    9: (32, 40), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
+    15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
+    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8),
+    28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    40: (64, 36), 41: (128, 18),
+}
+_FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
 
 
 @dataclass(frozen=True)
@@ -1722,6 +1787,57 @@ class TensorInfo:
     n_bytes: int
 
 
+class GgufReader:
+    """Reads values one after the other. Raises struct.error or ValueError at the file's end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self.at = data, 0
+
+    def scalar(self, code: str) -> Any:
+        values = struct.unpack_from("<" + code, self._data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return values[0]
+
+    def bytes(self, n_bytes: int) -> bytes:
+        if not 0 <= n_bytes <= len(self._data) - self.at:
+            raise ValueError(f"{n_bytes} bytes at {self.at}")
+        self.at += n_bytes
+        return self._data[self.at - n_bytes : self.at]
+
+    def string(self) -> str:
+        return self.bytes(self.scalar("Q")).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _GGUF_STRING:
+            return self.string()
+        if kind == _GGUF_ARRAY:
+            return self._array(self.scalar("I"), self.scalar("Q"))
+        if kind not in _GGUF_SCALARS:
+            raise ValueError(f"a value of type {kind}")
+        return self.scalar(_GGUF_SCALARS[kind])
+
+    def _array(self, kind: int, count: int) -> Any:
+        if kind == _GGUF_STRING:
+            for _ in range(count):
+                self.at += 8 + struct.unpack_from("<Q", self._data, self.at)[0]
+            return LongArray(count)
+        code = _GGUF_SCALARS.get(kind)
+        if code is None:
+            raise ValueError(f"an array of type {kind}")
+        raw = self.bytes(count * struct.calcsize("<" + code))
+        return list(struct.unpack(f"<{count}{code}", raw)) if count <= _LONG_ARRAY else LongArray(count)
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """name, shape, type, and offset from the start of the tensors' data."""
+        name, n_dimensions = self.string(), self.scalar("I")
+        if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+            raise ValueError(f"a tensor of {n_dimensions} dimensions")
+        shape = [self.scalar("Q") for _ in range(n_dimensions)]
+        while len(shape) > 1 and shape[-1] == 1:
+            shape.pop()
+        return name, tuple(reversed(shape)), self.scalar("I"), self.scalar("Q")
+
+
 @dataclass(frozen=True)
 class GgufFile:
     """The header of a GGUF file: scalar and short-array metadata, and where each tensor lies."""
@@ -1735,207 +1851,79 @@ class GgufFile:
         """Raises ModelError for what is no GGUF file, or a truncated one."""
         if not path.is_file():
             raise ModelError(f"{path}: there is no such file")
-        with _captured_native_log() as lines:
-            header = gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
-        if not header:
-            raise ModelError(f"{path}: not a readable GGUF file ({lines.reason('its header is damaged')}); {_MAKE}")
         try:
-            metadata = dict(_metadata_items(header))
-            tensors = dict(_tensor_items(header))
-        finally:
-            gguf_free(header)
+            with path.open("rb") as file:
+                start = file.read(200)
+                hint = _what_it_is_instead(start)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    metadata, tensors = _read_header(GgufReader(data))
+                    size = len(data)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+        except (struct.error, ValueError, OverflowError, MemoryError):
+            raise ModelError(f"{path}: not a readable GGUF file{hint}; {_MAKE}") from None
         end = max((tensor.offset + tensor.n_bytes for tensor in tensors.values()), default=0)
-        if path.stat().st_size < end:
-            raise ModelError(f"{path}: truncated, {path.stat().st_size:,} of {end:,} bytes are there; {_MAKE}")
+        if size < end:
+            raise ModelError(f"{path}: truncated, {size:,} of {end:,} bytes are there; {_MAKE}")
         return GgufFile(path, metadata, tensors)
 
     def header_is_intact(self) -> bool:
-        """Whether everything before the tensor data is what the converter wrote and verified (rerank.header_sha256:
-        the header's SHA-256 with zeroes in the place of the digest itself)."""
+        """Whether everything before the tensor data is what the converter wrote and verified
+        (rerank.header_sha256: the header's SHA-256 with zeroes in the place of the digest)."""
         digest = self.metadata.get("rerank.header_sha256")
         if not isinstance(digest, str) or len(digest) != 64 or not self.tensors:
             return False
         with self.path.open("rb") as file:
             header = file.read(min(tensor.offset for tensor in self.tensors.values()))
-        return hashlib.sha256(header.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
+        zeroed = header.replace(digest.encode(), b"0" * 64)
+        return hashlib.sha256(zeroed).hexdigest() == digest
 
-    def require(self, key: str, kind: type[T]) -> T:
-        value = self.metadata.get(key)
-        if not isinstance(value, kind):
-            raise ModelError(f"{self.path}: its metadata has no usable {key}; {_MAKE}")
+    def get(self, key: str, default: T) -> T:
+        """A value of the default's own type, or the default. Raises ModelError."""
+        value = self.metadata.get(key, default)
+        if type(value) is not type(default):
+            raise self.refusal(f"its metadata has no usable {key} ({str(value)[:40]})")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.refusal(f"its {key} is {value}")
         return value
 
+    def refusal(self, what: str, model: str = "") -> ModelError:
+        """One line: what is wrong, and how to get a right one."""
+        return ModelError(f"{self.path}: {what}; {_MAKE} {model}".rstrip())
 
-_MAKE = "make a right one with: python -m convert"
-
-
-def _metadata_items(header: int) -> Iterator[tuple[str, Any]]:
-    for index in range(gguf_get_n_kv(header)):
-        key, kind = gguf_get_key(header, index).decode("utf-8", "replace"), gguf_get_kv_type(header, index)
-        if kind == _GGUF_STRING:
-            yield key, gguf_get_val_str(header, index).decode("utf-8", "replace")
-        elif kind == _GGUF_ARRAY:
-            element, count = gguf_get_arr_type(header, index), gguf_get_arr_n(header, index)
-            if element in _GGUF_SCALARS and count <= _LONG_ARRAY:
-                data = gguf_get_arr_data(header, index)
-                yield key, list((_GGUF_SCALARS[element] * count).from_address(data)) if count else []
-            else:
-                yield key, LongArray(count)
-        elif kind in _GGUF_SCALARS:
-            yield key, _GGUF_SCALARS[kind].from_address(gguf_get_val_data(header, index)).value
+    def require(self, key: str, kind: type[T]) -> T:
+        """Raises ModelError."""
+        if not isinstance(self.metadata.get(key), kind):
+            raise self.refusal(f"its metadata has no usable {key}")
+        return self.get(key, kind())
 
 
-def _tensor_items(header: int) -> Iterator[tuple[str, TensorInfo]]:
-    start = gguf_get_data_offset(header)
-    for index in range(gguf_get_n_tensors(header)):
-        shape = gguf_get_tensor_ne(header, index)[:4]
-        while len(shape) > 1 and shape[-1] == 1:
-            shape.pop()
-        yield gguf_get_tensor_name(header, index).decode("utf-8", "replace"), TensorInfo(
-            tuple(reversed(shape)), gguf_get_tensor_type(header, index),
-            start + gguf_get_tensor_offset(header, index), gguf_get_tensor_size(header, index),
-        )  # fmt: skip
+def _what_it_is_instead(start: bytes) -> str:
+    if start.startswith(b"version https://git-lfs"):
+        return ": only git-lfs's pointer to one (git lfs pull)"
+    is_page = start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html"))
+    return ": a web page in place of one (download it again)" if is_page else ""
 
 
-class _NativeLog:
-    """What llama.cpp said, at warning level and above; its last error is the reason of a failed load."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, level: int, text: bytes) -> None:
-        line = text.decode("utf-8", "replace").strip()
-        if level >= 3 and line:  # GGML_LOG_LEVEL_WARN is 3, ERROR 4 (ggml.h)
-            self.lines.append(line)
-            log.debug("llama.cpp: %s", line)
-
-    def reason(self, default: str) -> str:
-        """The first line said, without the name of the function that said it."""
-        return re.sub(r"^\w+: ", "", self.lines[0]) if self.lines else default
-
-
-_native_log = _NativeLog()
-
-
-@contextlib.contextmanager
-def _captured_native_log() -> Iterator[_NativeLog]:
-    _native_log.lines.clear()
-    yield _native_log
-    _native_log.lines.clear()
-
-
-@llama.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_native_log(level: int, text: bytes, user_data: Any) -> None:
-    _native_log.add(level, text)
-
-
-llama.llama_log_set(_on_native_log, ctypes.c_void_p(0))
-
-ggml_backend_reg_count = _native("ggml_backend_reg_count", _S)
-ggml_backend_load_all_from_path = _native("ggml_backend_load_all_from_path", None, _C)
-
-
-def load_backends() -> None:
-    """A portable build of llama.cpp (GGML_BACKEND_DL) has one CPU library for each instruction set, and none is loaded
-    at first: the best for this CPU is taken here, since llama-cpp-python does not. Nothing to do in any other build."""
-    if ggml_backend_reg_count() == 0:
-        ggml_backend_load_all_from_path(os.fsencode(Path(llama_cpp.__file__).parent / "lib"))
-
-
-load_backends()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The int8 engine (accel/): a library that takes the matrix products of the layers from llama.cpp, where it is built
-# ---------------------------------------------------------------------------------------------------------------------
-
-ACCEL_LIBRARY = Path(__file__).resolve().parent / "accel" / "lib" / "librerank_accel.so"
-ACCEL_SPARE_BYTES = 200_000_000  # that must stay free beside its copy of the weights
-ggml_backend_load = _native("ggml_backend_load", _P, _C)
-
-
-@functools.cache
-def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The library, once per process, or why it cannot be used. ggml offers operations to it from then on."""
-    if not path.is_file():
-        return None, "not built: make accel" if platform.machine().lower() in ("x86_64", "amd64") else "for x86 only"
-    try:
-        library = ctypes.CDLL(str(path))
-        library.rerank_accel_built_for.restype = ctypes.c_char_p
-        library.rerank_accel_is_fast_here.restype = ctypes.c_bool
-        library.rerank_accel_copied_bytes.restype = ctypes.c_size_t
-        library.rerank_accel_configure.argtypes = [ctypes.c_bool] * 3
-        built_for = library.rerank_accel_built_for().decode()
-    except (OSError, AttributeError) as error:
-        return None, f"{path} does not fit this llama-cpp-python ({error}): make accel"
-    if built_for != llama_cpp.__version__:  # ggml's structures change from version to version
-        return None, f"{path} is built for llama-cpp-python {built_for}, not {llama_cpp.__version__}: make accel"
-    if not library.rerank_accel_is_fast_here():
-        return None, "this CPU has no int8 dot products"
-    if not ggml_backend_load(os.fsencode(path)):
-        return None, f"ggml refuses {path}: make accel"
-    return library, ""
-
-
-def _loaded_accel() -> ctypes.CDLL | None:
-    return load_accel(ACCEL_LIBRARY)[0] if load_accel.cache_info().currsize else None  # or nobody asked for it
-
-
-def configure_accel(use: bool, strict: bool) -> None:
-    """For the contexts that this thread opens next. Pages of the mapped file go once their weights are copied."""
-    if library := _loaded_accel():
-        library.rerank_accel_configure(use, strict, True)
-
-
-def accel_bytes() -> int:
-    """What the int8 engine holds of weights now."""
-    library = _loaded_accel()
-    return int(library.rerank_accel_copied_bytes()) if library else 0
-
-
-def available_bytes() -> float:
-    """What this process may still use: of the machine's memory, and of its cgroup's limit (docker run --memory)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return math.inf
-    return min(float(free), _cgroup_free_bytes(Path("/sys/fs/cgroup")))
-
-
-def _cgroup_free_bytes(root: Path) -> float:
-    """Of the group with the least left. Pages of files count as free: the kernel can drop them."""
-    free = math.inf
-    for folder in _cgroup_folders(root):
-        try:
-            limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-            pages = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-        except OSError:
-            continue
-        if limit != "max":
-            free = min(free, int(limit) - int(used) + (int(pages[1]) if pages else 0))
-    return free
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model description: what scoring depends on, from rerank.* or, for a file from elsewhere, from what llama.cpp needs
-# ---------------------------------------------------------------------------------------------------------------------
-
-CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
-
-GEMMA_PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker: the prompt that bge-reranker-v2-gemma was trained with
-    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
-    "prediction of either 'Yes' or 'No'."
-)
-CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
-
-
-@dataclass(frozen=True)
-class PromptParts:
-    query_prefix: str = "A: "
-    passage_prefix: str = "B: "
-    separator: str = "\n"
-    prompt: str = GEMMA_PROMPT
+def _read_header(reader: GgufReader) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    if reader.bytes(4) != b"GGUF" or reader.scalar("I") not in (2, 3):
+        raise ValueError("no GGUF of version 2 or 3")
+    n_tensors, n_values = reader.scalar("Q"), reader.scalar("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_values):
+        key, kind = reader.string(), reader.scalar("I")
+        metadata[key] = reader.value(kind)
+    found = [reader.tensor() for _ in range(n_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
+        raise ValueError(f"an alignment of {alignment}")
+    start = -(-reader.at // alignment) * alignment
+    tensors = {}
+    for name, shape, type_id, offset in found:
+        per_block, block_bytes = _BLOCKS.get(type_id, (1, 0))
+        n_bytes = math.prod(shape) // per_block * block_bytes
+        tensors[name] = TensorInfo(shape, type_id, start + offset, n_bytes)
+    return metadata, tensors
 
 
 @dataclass(frozen=True)
@@ -1958,6 +1946,8 @@ class ModelDescription:
     lowercase: bool = True
     strip_accents: bool = True
     fixes: tuple[str, ...] = ()  # what was wrong in the file and is set right while loading
+    is_quantized: bool = True  # the layers' matrices have 8 bits or fewer for each weight
+    doubt: str = ""  # why it does not take a role by itself
 
     @property
     def name(self) -> str:
@@ -1971,49 +1961,66 @@ class ModelDescription:
 def describe(gguf: GgufFile) -> ModelDescription:
     """Checks what scoring depends on. Raises ModelError with one line that says what is wrong."""
     architecture = gguf.require("general.architecture", str)
-    kind = gguf.metadata.get("rerank.kind") or _infer_kind(gguf, architecture)
-    if kind not in (CROSS_ENCODER, YES_LOGIT, BI_ENCODER):
-        raise ModelError(f"{gguf.path}: rerank.kind is {kind!r}, which this version does not know")
+    kind = gguf.get("rerank.kind", "") or _infer_kind(gguf, architecture)
+    if kind not in _DESCRIBE:
+        raise gguf.refusal(f"rerank.kind is {kind!r}, which this version does not know")
     expected = "gemma" if kind == YES_LOGIT else "bert"
     if architecture != expected:
-        raise ModelError(f"{gguf.path}: architecture {architecture!r} does not fit {kind} (expected {expected!r})")
+        raise gguf.refusal(f"architecture {architecture!r} does not fit {kind}")
     context = gguf.require(f"{architecture}.context_length", int)
+    max_tokens = gguf.get("rerank.max_tokens", context)
+    if not MIN_MAX_LENGTH_TOKENS <= max_tokens <= max(context, MIN_MAX_LENGTH_TOKENS):
+        raise gguf.refusal(f"its rerank.max_tokens is {max_tokens}")
     common: dict[str, Any] = {
-        "path": gguf.path, "kind": kind, "architecture": architecture, "quantization": _quantization(gguf),
-        "file_bytes": gguf.path.stat().st_size, "max_tokens": gguf.metadata.get("rerank.max_tokens", context),
-        "source": gguf.metadata.get("rerank.source", gguf.metadata.get("general.name", "")),
-    }  # fmt: skip
+        "path": gguf.path, "kind": kind, "architecture": architecture,
+        "quantization": gguf.get("rerank.quantization", "unknown type"),
+        "file_bytes": gguf.path.stat().st_size, "max_tokens": max_tokens,
+        "source": gguf.get("rerank.source", gguf.get("general.name", "")),
+        "is_quantized": _is_quantized(gguf), "doubt": _doubt_of(gguf, kind),
+    }
     return ModelDescription(**common, **_DESCRIBE[kind](gguf))
 
 
 def _infer_kind(gguf: GgufFile, architecture: str) -> str:
     """A file that this project did not convert: what can it be used for?"""
     if architecture == "gemma":
+        if "tokenizer.chat_template" in gguf.metadata:
+            raise gguf.refusal("a chat model, not a reranker", "gemma")
         return YES_LOGIT
     if architecture == "bert" and "cls.output.weight" in gguf.tensors:
         return CROSS_ENCODER
+    what = f"architecture {architecture!r} is not a reranker that is served here"
     if architecture == "bert":
-        raise ModelError(f"{gguf.path}: an embedding model, not a reranker: it has no classification head; {_MAKE} m3")
-    raise ModelError(f"{gguf.path}: architecture {architecture!r} is not a reranker that is served here; {_MAKE} m3")
+        what = "an embedding model, not a reranker: it has no classification head"
+    raise gguf.refusal(what, "m3")
 
 
-def _quantization(gguf: GgufFile) -> str:
-    file_type = gguf.metadata.get("general.file_type")
-    name = llama.llama_ftype_name(file_type) if file_type is not None else None
-    return str(gguf.metadata.get("rerank.quantization") or (name.decode() if name else "unknown"))
+def _doubt_of(gguf: GgufFile, kind: str) -> str:
+    """A file takes a role by itself only when something in it says that it is a reranker."""
+    named = [str(gguf.metadata.get(f"general.{key}", "")) for key in ("name", "basename")]
+    is_named = kind == CROSS_ENCODER and "rerank" in " ".join(named).lower()
+    if "rerank.kind" in gguf.metadata or is_named:
+        return ""
+    return "nothing in it says that it is a reranker"
+
+
+def _is_quantized(gguf: GgufFile) -> bool:
+    layers = (tensor for name, tensor in gguf.tensors.items() if name.startswith("blk."))
+    return not any(len(layer.shape) > 1 and layer.type_id in _FLOAT_TYPES for layer in layers)
 
 
 def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
     tokenizer = gguf.require("tokenizer.ggml.model", str)
     head = gguf.tensors.get("cls.output.weight")
     if head is None or head.shape not in ((1, head.shape[-1]), head.shape[-1:]):
-        raise ModelError(f"{gguf.path}: no classification head with one output (cls.output.weight); {_MAKE} m3")
+        what = "no classification head with one output (cls.output.weight)"
+        raise gguf.refusal(what, "m3")
     if "cls.weight" not in gguf.tensors:  # the vendored converter drops BERT's pooler.dense
-        raise ModelError(f"{gguf.path}: the head's first layer (cls.weight) is missing: scores would be wrong; {_MAKE}")
+        raise gguf.refusal("the head's first layer (cls.weight) is missing: scores would be wrong")
     if tokenizer == "t5":
         return _describe_xlm_roberta(gguf)
     if tokenizer != "bert":
-        raise ModelError(f"{gguf.path}: tokenizer {tokenizer!r} is not known for a cross-encoder; {_MAKE}")
+        raise gguf.refusal(f"tokenizer {tokenizer!r} is not known for a cross-encoder")
     types = gguf.tensors.get("token_types.weight")
     n_types = 1 if types is None or len(types.shape) == 1 else types.shape[0]
     return {"token_types": n_types, **_describe_word_piece(gguf)}
@@ -2021,268 +2028,401 @@ def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
 
 def _describe_xlm_roberta(gguf: GgufFile) -> dict[str, Any]:
     positions = gguf.tensors.get("position_embd.weight")
-    if positions is None or (positions.shape[0] - 2).bit_count() == 1:  # 8,194 or 514: a power of two, and two
-        raise ModelError(f"{gguf.path}: its position table still holds XLM-R's two unused rows; {_MAKE} m3")
+    # A table of 8,194 or 514 rows was not cut: a power of two, and XLM-R's two unused rows.
+    if positions is None or (positions.shape[0] - 2).bit_count() == 1:
+        what = "its position table still holds XLM-R's two unused rows"
+        raise gguf.refusal(what, "m3")
     if "tokenizer.ggml.precompiled_charsmap" not in gguf.metadata:
-        raise ModelError(f"{gguf.path}: no normalisation table (precompiled_charsmap) in it; {_MAKE} m3")
-    if gguf.metadata.get("tokenizer.ggml.remove_extra_whitespaces") is not True:
-        return {"fixes": ("tokenizer.ggml.remove_extra_whitespaces",)}
-    return {}
+        what = "no normalisation table (precompiled_charsmap) in it"
+        raise gguf.refusal(what, "m3")
+    key = "tokenizer.ggml.remove_extra_whitespaces"
+    return {} if gguf.metadata.get(key) is True else {"fixes": (key,)}
 
 
 def _describe_word_piece(gguf: GgufFile) -> dict[str, Any]:
-    lowercase = gguf.metadata.get("tokenizer.ggml.normalizer.lowercase", True)
-    strip = gguf.metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)  # BERT strips where it lowercases
+    lowercase = gguf.get("tokenizer.ggml.normalizer.lowercase", True)
+    # BERT strips accents where it lowercases.
+    strip = gguf.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
     return {"lowercase": lowercase, "strip_accents": strip}
 
 
 def _describe_yes_logit(gguf: GgufFile) -> dict[str, Any]:
     default = PromptParts()
-    parts = {
-        field.name: gguf.metadata.get(f"rerank.{field.name}", getattr(default, field.name))
-        for field in dataclasses.fields(PromptParts)
-    }
+    names = [field.name for field in dataclasses.fields(PromptParts)]
+    parts = {name: gguf.get(f"rerank.{name}", getattr(default, name)) for name in names}
     key = "tokenizer.ggml.add_space_prefix"  # llama.cpp's default is true, Gemma has none
-    return {"prompt": PromptParts(**parts), "fixes": () if gguf.metadata.get(key) is False else (key,)}
+    fixes = () if gguf.metadata.get(key) is False else (key,)
+    return {"prompt": PromptParts(**parts), "fixes": fixes}
 
 
 def _describe_bi_encoder(gguf: GgufFile) -> dict[str, Any]:
-    scale, bias = gguf.require("rerank.cosine_scale", float), gguf.require("rerank.cosine_bias", float)
-    described = {"cosine_scale": scale, "cosine_bias": bias, **_describe_word_piece(gguf)}
-    if "rerank.overlap_scale" in gguf.metadata:  # not in files of vocabularies that are in no order
-        described["overlap_scale"] = gguf.require("rerank.overlap_scale", float)
-        described["first_piece_id"] = gguf.require("rerank.first_piece_id", int)
-    return described
+    keys = {"cosine_scale": float, "cosine_bias": float}
+    if "rerank.overlap_scale" in gguf.metadata:  # not for vocabularies that are in no order
+        keys |= {"overlap_scale": float, "first_piece_id": int}
+    described = {key: gguf.require(f"rerank.{key}", kind) for key, kind in keys.items()}
+    return {**described, **_describe_word_piece(gguf)}
 
 
 _DESCRIBE: dict[str, Callable[[GgufFile], dict[str, Any]]] = {
-    CROSS_ENCODER: _describe_cross_encoder, YES_LOGIT: _describe_yes_logit, BI_ENCODER: _describe_bi_encoder,
-}  # fmt: skip
+    CROSS_ENCODER: _describe_cross_encoder, YES_LOGIT: _describe_yes_logit,
+    BI_ENCODER: _describe_bi_encoder,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Engines: list of pairs in, list of logits out
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# llama.cpp, through llama-cpp-python's low-level API, loaded with the first engine
+# --------------------------------------------------------------------------------------------------
 
-FloatArray = npt.NDArray[np.float32]
+CHILD_TIMEOUT_S = 600
+ACCEL_LIBRARY = HERE / "accel" / "lib" / "librerank_accel.so"
+ACCEL_SPARE_BYTES = 200_000_000  # that must stay free beside its copy of the weights
 
 
-class Engine(Protocol):
-    """Scores pairs. Owned by one thread once its scheduler runs."""
+@functools.cache
+def llama() -> Any:
+    """The module llama_cpp.llama_cpp. It is imported here, and what it reads from the environment
+    when it is loaded is set before."""
+    # OpenMP's threads otherwise spin while they wait for each other, and a second busy process
+    # makes each barrier wait for a time slice: 11.8 s became 4.1 s on two shared cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A few microseconds: 8 % faster, and no slower beside a busy process.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # no debugger is started for an abort
+    import llama_cpp.llama_cpp as library
 
-    description: ModelDescription
-    pairs: Pairs
-    max_batch_tokens: int  # what one decode should hold
-    max_sequences: int  # pairs in one decode
+    callback = library.llama_log_callback(_native_log.add)
+    _native_log.callback = callback  # or it would be freed
+    library.llama_log_set(callback, ctypes.c_void_p(0))
+    _load_backends(library)
+    return library
 
-    def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """The raw logit of each pair, in order; any number of pairs. Raises EngineError."""
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's text of each id. Any thread."""
+def llama_version() -> str:
+    return importlib.metadata.version("llama_cpp_python")
 
-    def close(self) -> None:
-        """Frees the native memory. May be called twice."""
+
+def _native(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of ggml's C API that llama-cpp-python does not bind. libllama links ggml."""
+    return _bound(llama(), name, result, *arguments)
+
+
+def _bound(library: Any, name: str, result: Any, *arguments: Any) -> Any:
+    function = getattr(library._lib, name)
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+def _load_backends(library: Any) -> None:
+    """A portable build of llama.cpp (GGML_BACKEND_DL) has one CPU library for each instruction set
+    and loads none at first; the best for this CPU is taken here, as llama-cpp-python does not."""
+    if _bound(library, "ggml_backend_reg_count", ctypes.c_size_t)() == 0:
+        load = _bound(library, "ggml_backend_load_all_from_path", None, ctypes.c_char_p)
+        load(os.fsencode(Path(library.__file__).parent / "lib"))
+
+
+class NativeLog:
+    """What llama.cpp said, at warning level and above; its first error is the reason of a failed
+    load. Any thread."""
+
+    MAX_LINES = 100
+
+    def __init__(self) -> None:
+        self.callback: Any = None
+        self._lines: deque[str] = deque(maxlen=self.MAX_LINES)
+
+    def add(self, level: int, text: bytes, user_data: Any) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level >= 3 and line:  # GGML_LOG_LEVEL_WARN is 3, ERROR 4 (ggml.h)
+            self._lines.append(line)
+            log.debug("llama.cpp: %s", line)
+
+    def clear(self) -> None:
+        self._lines.clear()
+
+    def reason(self, default: str) -> str:
+        """The first line since clear, without the name of the function that said it."""
+        return re.sub(r"^\w+: ", "", self._lines[0]) if self._lines else default
+
+
+_native_log = NativeLog()
+
+
+# -- The int8 engine (accel/): a library that takes the matrix products of the layers from llama.cpp
+
+
+@functools.cache
+def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library, once per process, or why it cannot be used. ggml offers operations to it from
+    then on."""
+    if not path.is_file():
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        return None, "not built: make accel" if is_x86 else "for x86 only"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.rerank_accel_built_for.restype = ctypes.c_char_p
+        library.rerank_accel_is_fast_here.restype = ctypes.c_bool
+        library.rerank_accel_copied_bytes.restype = ctypes.c_size_t
+        library.rerank_accel_configure.argtypes = [ctypes.c_bool] * 3
+        built_for = library.rerank_accel_built_for().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} does not fit this llama-cpp-python ({error}): make accel"
+    if built_for != llama_version():  # ggml's structures change from version to version
+        built = f"{path} is built for llama-cpp-python {built_for}"
+        return None, f"{built}, not {llama_version()}: make accel"
+    if not library.rerank_accel_is_fast_here():
+        return None, "this CPU has no int8 dot products"
+    if not _native("ggml_backend_load", ctypes.c_void_p, ctypes.c_char_p)(os.fsencode(path)):
+        return None, f"ggml refuses {path}: make accel"
+    return library, ""
+
+
+def _loaded_accel() -> ctypes.CDLL | None:
+    """None as long as nobody asked for it."""
+    return load_accel(ACCEL_LIBRARY)[0] if load_accel.cache_info().currsize else None
+
+
+def configure_accel(use: bool, strict: bool) -> None:
+    """For the contexts that this thread opens next. Pages of the mapped file go once their weights
+    are copied."""
+    library = _loaded_accel()
+    if library:
+        library.rerank_accel_configure(use, strict, True)
+
+
+def accel_bytes() -> int:
+    """What the int8 engine holds of weights now."""
+    library = _loaded_accel()
+    return int(library.rerank_accel_copied_bytes()) if library else 0
+
+
+# -- One model and one context -------------------------------------------------------------------
 
 
 class LlamaModel:
-    """Owns one llama_model and one llama_context, and frees each once."""
+    """Owns one llama_model and one llama_context, and frees each once. One thread's, but for vocab
+    and piece."""
 
-    def __init__(self, description: ModelDescription, settings: Settings) -> None:
+    def __init__(self, gguf: GgufFile, settings: Settings, is_alone: bool) -> None:
         """Loads the weights, memory-mapped. Raises ModelError."""
-        self._natives = contextlib.ExitStack()
+        self._natives, self._api = contextlib.ExitStack(), llama()
+        self.gguf, self.description, self.is_alone = gguf, describe(gguf), is_alone
+        self.tuning, self._settings = settings.tuning, settings
+        self.limit = self.description.max_length(settings)  # tokens of the longest pair
         self.context: Any = None
-        parameters = llama.llama_model_default_params()
+        api, parameters = self._api, self._api.llama_model_default_params()
         parameters.n_gpu_layers = settings.gpu_layers if settings.gpu_layers >= 0 else 1000
-        parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP
-        parameters.use_extra_bufts = settings.tuning.repack
-        overrides = _overrides(description.fixes)
+        parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP
+        parameters.use_extra_bufts = self.tuning.repack
+        overrides = _overrides(self.description.fixes)
         parameters.kv_overrides = overrides
-        progress = llama.llama_progress_callback(LoadProgress(description.name))
-        parameters.progress_callback = progress
-        with _captured_native_log() as lines:
-            self.model = llama.llama_model_load_from_file(os.fsencode(description.path), parameters)
-            if not self.model:
-                raise ModelError(f"{description.path}: llama.cpp cannot load it ({lines.reason('no reason given')})")
-        self._natives.callback(llama.llama_model_free, self.model)
-        self.vocab = llama.llama_model_get_vocab(self.model)
-        self.accelerated = settings.tuning.accel and self._has_room(settings.accel)
-        self._settings, self._path = settings, description.path
+        _native_log.clear()
+        self.model = api.llama_model_load_from_file(os.fsencode(gguf.path), parameters)
+        if not self.model:
+            reason = _native_log.reason("no reason given")
+            raise ModelError(f"{gguf.path}: llama.cpp cannot load it ({reason})")
+        self._natives.callback(api.llama_model_free, self.model)
+        self.vocab = api.llama_model_get_vocab(self.model)
+        self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        self.n_embd = api.llama_model_n_embd(self.model)
+        self.accelerated = self.tuning.accel and self._suits_accel(settings.accel == ON)
 
-    def _has_room(self, wanted: str) -> bool:
-        """Whether the int8 engine's copy of the layers, a byte for each weight, fits the memory."""
-        n_vocab_weights = llama.llama_vocab_n_tokens(self.vocab) * llama.llama_model_n_embd(self.model)
-        needed = llama.llama_model_n_params(self.model) - n_vocab_weights
-        has_room = wanted == ON or needed + ACCEL_SPARE_BYTES < available_bytes()
-        if not has_room:
-            log.warning("the int8 engine is not used: its copy of the weights takes %.0f MB, and %.0f MB are free "
-                        "(--accel on: try nevertheless)", needed / 1e6, available_bytes() / 1e6)  # fmt: skip
-        return has_room
+    def _suits_accel(self, is_wanted: bool) -> bool:
+        """Whoever chose a file of 16 or 32 bits chose its exactness; and the engine's copy of the
+        layers, a byte for each weight, must fit the memory."""
+        if is_wanted or not self.description.is_quantized:
+            return is_wanted
+        needed = self._api.llama_model_n_params(self.model) - self.n_vocab * self.n_embd
+        free = available_bytes()
+        if needed + ACCEL_SPARE_BYTES < free:
+            return True
+        log.warning("the int8 engine is not used: its copy of the weights takes %.0f MB, and %.0f "
+                    "MB are free (--accel on: try nevertheless)", needed / 1e6, free / 1e6)
+        return False
+
+    @property
+    def arithmetic(self) -> str:
+        """What multiplies: the int8 engine, or llama.cpp's own kernels for the file's types."""
+        if not self.accelerated:
+            return f"llama.cpp, {self.description.quantization}"
+        return "int8 engine, strict" if self._settings.accel_strict else "int8 engine"
 
     def open_context(self, n_ubatch: int, n_ctx: int, n_sequences: int, pooling: int) -> None:
-        """n_ubatch, n_ctx: tokens; n_sequences: in one decode, each with one result. Raises ModelError."""
-        parameters = llama.llama_context_default_params()
+        """n_ubatch, n_ctx: tokens; n_sequences: in one decode, each with one result. Raises
+        ModelError."""
+        api, parameters = self._api, self._api.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_ctx, n_ubatch
-        is_encoder = pooling != llama.LLAMA_POOLING_TYPE_UNSPECIFIED
+        is_encoder = pooling != api.LLAMA_POOLING_TYPE_UNSPECIFIED
         parameters.n_seq_max = n_sequences
-        parameters.n_outputs_max = 0 if is_encoder else n_sequences  # 0: every token, which pooling needs
-        parameters.n_threads = parameters.n_threads_batch = self._settings.tuning.threads
-        parameters.embeddings = is_encoder
-        parameters.pooling_type = pooling
-        flash_attention = self._settings.tuning.flash_attention
-        parameters.flash_attn_type = (
-            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        parameters.n_outputs_max = 0 if is_encoder else n_sequences  # 0: every token, for pooling
+        parameters.n_threads = parameters.n_threads_batch = self.tuning.threads
+        parameters.embeddings, parameters.pooling_type = is_encoder, pooling
+        flash_attention = "ENABLED" if self.tuning.flash_attention else "DISABLED"
+        parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
+        parameters.kv_unified = True  # pairs of unequal length share a cache; streams are slower
         configure_accel(self.accelerated, self._settings.accel_strict)
-        parameters.kv_unified = True  # pairs of unequal length share one cache; separate streams are slower
-        with _captured_native_log() as lines:
-            self.context = llama.llama_init_from_model(self.model, parameters)
-            if not self.context:
-                raise ModelError(f"{self._path}: no context of {n_ctx} tokens ({lines.reason('out of memory?')})")
-        self._natives.callback(llama.llama_free, self.context)
+        _native_log.clear()
+        self.context = api.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            reason = _native_log.reason("out of memory?")
+            raise ModelError(f"{self.gguf.path}: no context of {n_ctx} tokens ({reason})")
+        self._natives.callback(api.llama_free, self.context)
 
     def piece(self, token_id: int) -> str:
-        return str(llama.llama_vocab_get_text(self.vocab, token_id).decode("utf-8", "replace"))
+        text: bytes = self._api.llama_vocab_get_text(self.vocab, token_id)
+        return text.decode("utf-8", "replace")
+
+    def special(self, name: str, text: str) -> int:
+        """The id of bos, eos or sep, if it is what frames a pair. (The converter may store a
+        control token under a longer spelling.) Raises ModelError."""
+        token_id = int(getattr(self._api, f"llama_vocab_{name}")(self.vocab))
+        piece = self.piece(token_id) if token_id >= 0 else "nothing"
+        if not piece.startswith(text):
+            raise self.gguf.refusal(f"its metadata names {piece!r} where {text!r} belongs")
+        return token_id
 
     def close(self) -> None:
+        """May be called twice."""
         self._natives.close()
 
 
-class LoadProgress:
-    """Writes into the log, now and then, how far llama.cpp is with a file that takes long to load."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._next = name, time.monotonic() + PROGRESS_EVERY_S
-
-    def __call__(self, part: float, user_data: Any) -> bool:
-        """llama_progress_callback. False would end the loading."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + PROGRESS_EVERY_S
-            log.info("%s: loading, %.0f %%", self._name, 100 * part)
-        return True
-
-
-_Overrides = llama.llama_model_kv_override * 4
-_FIXED_VALUES = {"tokenizer.ggml.remove_extra_whitespaces": True, "tokenizer.ggml.add_space_prefix": False}
+FIXED_VALUES = {"tokenizer.ggml.remove_extra_whitespaces": True,
+                "tokenizer.ggml.add_space_prefix": False}
 
 
 def _overrides(keys: Sequence[str]) -> Any:
     """llama.cpp's list of overridden metadata, ended by an empty key."""
-    overrides = _Overrides()
-    for override, key in zip(overrides, keys, strict=False):
-        override.tag, override.key = llama.LLAMA_KV_OVERRIDE_TYPE_BOOL, key.encode()
-        override.value.val_bool = _FIXED_VALUES[key]
+    overrides = (llama().llama_model_kv_override * (len(keys) + 1))()
+    for index, key in enumerate(keys):
+        overrides[index].tag = llama().LLAMA_KV_OVERRIDE_TYPE_BOOL
+        overrides[index].key = key.encode()
+        overrides[index].value.val_bool = FIXED_VALUES[key]
     return overrides
 
 
 class Batch:
-    """The arrays of one llama_batch. One token belongs to one sequence; sequences are numbered from first_sequence,
-    and the positions in each count from first_position."""
+    """The arrays of one llama_batch. One token belongs to one sequence; sequences are numbered from
+    first_sequence, and the positions in each count from first_position."""
 
     def __init__(
         self, sequences: Sequence[Sequence[int]], first_position: int = 0, first_sequence: int = 0
-    ) -> None:  # fmt: skip
+    ) -> None:
         lengths = [len(sequence) for sequence in sequences]
         self.n_tokens = sum(lengths)
         self.ends = np.cumsum(lengths) - 1  # index of the last token of each sequence
-        self._token = np.concatenate([np.asarray(sequence, dtype=np.int32) for sequence in sequences])
-        self._position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]) + first_position
-        self._n_sequences = np.ones(self.n_tokens, dtype=np.int32)
-        self._sequence = np.repeat(np.arange(len(lengths), dtype=np.int32) + first_sequence, lengths)
+        int32 = np.int32
+        self._token = np.concatenate([np.asarray(ids, dtype=int32) for ids in sequences])
+        positions = [np.arange(length, dtype=int32) for length in lengths]
+        self._position = np.concatenate(positions) + int32(first_position)
+        self._n_sequences = np.ones(self.n_tokens, dtype=int32)
+        numbers = np.arange(len(lengths), dtype=int32) + int32(first_sequence)
+        self._sequence = np.repeat(numbers, lengths)
         addresses = self._sequence.ctypes.data + 4 * np.arange(self.n_tokens, dtype=np.uint64)
         self._sequence_pointers = addresses.astype(np.uint64)
         self._output = np.zeros(self.n_tokens, dtype=np.int8)
 
-    def clear_ids(self) -> None:
-        self._token[:] = 0
-
-    def native(self, output: slice | npt.NDArray[np.int64], embeddings: FloatArray | None = None) -> Any:
-        """llama_batch that points into this object's arrays (keep it alive). output: tokens that get an output row."""
+    def native(
+        self, output: slice | npt.NDArray[np.int64], embeddings: FloatArray | None = None
+    ) -> Any:
+        """llama_batch that points into this object's arrays (keep it alive). output: tokens that
+        get an output row. embeddings: [n_tokens, n_embd], in place of the ids."""
         self._output[output] = 1
         self._embeddings = embeddings
-        return llama.llama_batch(
+        given = self._token if embeddings is None else embeddings
+        int32 = ctypes.c_int32
+        return llama().llama_batch(
             n_tokens=self.n_tokens,
-            token=None if embeddings is not None else self._pointer(self._token, ctypes.c_int32),
-            embd=None if embeddings is None else self._pointer(embeddings, ctypes.c_float),
-            pos=self._pointer(self._position, ctypes.c_int32),
-            n_seq_id=self._pointer(self._n_sequences, ctypes.c_int32),
-            seq_id=self._pointer(self._sequence_pointers, ctypes.POINTER(ctypes.c_int32)),
-            logits=self._pointer(self._output, ctypes.c_int8),
+            token=_pointer(given, int32) if embeddings is None else None,
+            embd=None if embeddings is None else _pointer(given, ctypes.c_float),
+            pos=_pointer(self._position, int32),
+            n_seq_id=_pointer(self._n_sequences, int32),
+            seq_id=_pointer(self._sequence_pointers, ctypes.POINTER(int32)),
+            logits=_pointer(self._output, ctypes.c_int8),
         )
 
-    @staticmethod
-    def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
-        return array.ctypes.data_as(ctypes.POINTER(kind))
+
+def _pointer(values: npt.NDArray[Any], kind: Any) -> Any:
+    return values.ctypes.data_as(ctypes.POINTER(kind))
 
 
 class EncoderContext:
-    """Encodes sequences with a BERT-type model and reads one pooled vector per sequence."""
+    """Encodes sequences with a BERT-type model and reads one pooled vector for each."""
 
-    def __init__(self, model: LlamaModel, longest: int, ubatch: int, pooling: int) -> None:
-        # An encoder needs a whole sequence in one ubatch, and a token for each, or llama.cpp aborts the process.
-        self.n_ubatch = max(longest, ubatch, MAX_SEQUENCES)
+    def __init__(self, model: LlamaModel, pooling: int) -> None:
+        # A whole sequence must fit one ubatch, and a token for each, or llama.cpp aborts.
+        self.n_ubatch = max(model.limit, model.tuning.ubatch, MAX_SEQUENCES)
         model.open_context(self.n_ubatch, self.n_ubatch, MAX_SEQUENCES, pooling)
-        self._model = model
-        self._reserve_outputs()
+        self._context = model.context
+        self._reserve_outputs(self.n_ubatch * model.n_vocab * 4, model.is_alone)
 
-    def encode(self, batch: Batch, n_values: int, embeddings: FloatArray | None = None) -> FloatArray:
+    def encode(
+        self, batch: Batch, n_values: int, embeddings: FloatArray | None = None
+    ) -> FloatArray:
         """[len(batch), n_values] float32. Raises EngineError."""
-        if not 0 < batch.n_tokens <= self.n_ubatch or len(batch.ends) > MAX_SEQUENCES:
-            raise EngineError(f"a batch of {batch.n_tokens} tokens in {len(batch.ends)} sequences cannot be encoded")
-        status = llama.llama_encode(self._model.context, batch.native(slice(None), embeddings))
+        api, n_sequences = llama(), len(batch.ends)
+        what = f"{batch.n_tokens} tokens in {n_sequences} sequences"
+        if not 0 < batch.n_tokens <= self.n_ubatch or n_sequences > MAX_SEQUENCES:
+            raise EngineError(f"{what} cannot be encoded")
+        status = api.llama_encode(self._context, batch.native(slice(None), embeddings))
         if status != 0:
-            raise EngineError(f"llama.cpp failed to encode {batch.n_tokens} tokens (status {status})")
-        rows = np.empty((len(batch.ends), n_values), dtype=np.float32)
-        for index in range(len(batch.ends)):
-            values = llama.llama_get_embeddings_seq(self._model.context, index)
+            raise EngineError(f"llama.cpp failed to encode {what} (status {status})")
+        rows = np.empty((n_sequences, n_values), dtype=np.float32)
+        for index in range(n_sequences):
+            values = api.llama_get_embeddings_seq(self._context, index)
             if not values:
                 raise EngineError("llama.cpp returned no pooled output")
             rows[index] = values[:n_values]
         return rows
 
-    def _reserve_outputs(self) -> None:
-        """llama.cpp allocates and clears tokens x n_vocab floats of logits that an encoder never computes: 1 MB for
-        each token of m3, anew whenever a batch is larger than all before. So the largest batch comes first, stopped
-        before its first operation, and the pages of its logits are given back, already while they are cleared."""
-        n_bytes = self.n_ubatch * llama.llama_vocab_n_tokens(self._model.vocab) * 4
-        context, batch = self._model.context, Batch([range(self.n_ubatch)])
-        batch.clear_ids()
-        llama.llama_set_abort_callback(context, _stop_at_once, None)
-        with _given_back_while_written(n_bytes):
-            llama.llama_encode(context, batch.native(slice(None)))
-        llama.llama_set_abort_callback(context, llama.ggml_abort_callback(), None)
-        if address := ctypes.cast(llama.llama_get_logits(context), ctypes.c_void_p).value:
-            _give_back_pages(address, n_bytes)
+    def _reserve_outputs(self, n_bytes: int, is_alone: bool) -> None:
+        """llama.cpp allocates and clears tokens x n_vocab floats of logits that an encoder never
+        computes: 1 MB for each token of m3, anew whenever a batch is larger than all before. So the
+        largest batch comes first, stopped before its first operation, and the pages of its logits
+        are given back; where nothing else runs, already while they are cleared."""
+        api, batch = llama(), Batch([np.zeros(self.n_ubatch, dtype=np.int32).tolist()])
+        stop = api.ggml_abort_callback(_stop_at_once)
+        api.llama_set_abort_callback(self._context, stop, None)
+        with _given_back_while_written(n_bytes) if is_alone else contextlib.nullcontext():
+            api.llama_encode(self._context, batch.native(slice(None)))
+        api.llama_set_abort_callback(self._context, api.ggml_abort_callback(), None)
+        logits = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p).value
+        if logits:
+            _give_back_pages(logits, n_bytes)
 
 
-@llama.ggml_abort_callback  # type: ignore[untyped-decorator]
 def _stop_at_once(user_data: Any) -> bool:
     return True
 
 
 def _give_back_pages(address: int, n_bytes: int) -> None:
-    """The whole pages inside the range become zeroes that cost nothing until they are written to."""
+    """The whole pages inside the range become zeroes that cost nothing until they are written."""
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address + n_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0 and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
 def _given_back_while_written(n_bytes: int) -> Iterator[None]:
-    """A block of n_bytes that is allocated and filled with zeroes meanwhile never is in memory as a whole: a gigabyte
-    for a moment is what a small container dies of. Nothing that is computed meanwhile may be used."""
+    """A block of n_bytes that is allocated and cleared meanwhile never is in memory as a whole: a
+    gigabyte for a moment is what a small container dies of.
+
+    The block is known by its size alone, so this is only for a process in which nothing else runs:
+    other memory of that size would become zeroes, and the scores that follow silently wrong.
+    """
     if n_bytes < _WORTH_WATCHING_BYTES or not sys.platform.startswith("linux"):
         yield
         return
-    before, done = _mapped_ranges(), threading.Event()
+    before, done = _anonymous_ranges(), threading.Event()
 
     def watch() -> None:
         while not done.wait(_WATCH_S):
-            for start, end in _mapped_ranges():
-                start = max([start, *(old_end for old_start, old_end in before if old_start <= start < old_end)])
-                if n_bytes <= end - start <= n_bytes * 1.05:  # the vectors lie behind the logits, in the same block
-                    _give_back_pages(start + mmap.PAGESIZE, n_bytes - mmap.PAGESIZE)  # the first holds malloc's header
+            for start, end in _anonymous_ranges():
+                # A new block may have been joined to an old one by the kernel.
+                start = max([start, *(old_end for old, old_end in before if old <= start < old_end)])
+                if n_bytes <= end - start <= n_bytes * 1.05:  # the vectors lie behind the logits
+                    # The first page holds malloc's header.
+                    _give_back_pages(start + mmap.PAGESIZE, n_bytes - mmap.PAGESIZE)
 
     watcher = threading.Thread(target=watch, name="memory", daemon=True)
     watcher.start()
@@ -2297,116 +2437,112 @@ _WORTH_WATCHING_BYTES = 64 << 20
 _WATCH_S = 0.002
 
 
-def _mapped_ranges() -> list[tuple[int, int]]:
-    """Address ranges of this process's anonymous memory."""
+def _anonymous_ranges() -> list[tuple[int, int]]:
+    """Address ranges of this process's memory that no file and no name stands behind."""
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split()
-        if fields[4] == "0" and len(fields) == 5:  # no inode, no name
+        if fields[4] == "0" and len(fields) == 5:
             start, end = fields[0].split("-")
             ranges.append((int(start, 16), int(end, 16)))
     return ranges
 
 
-class LlamaEngine:
-    """What the three engines share: packing any number of pairs into decodes, and freeing."""
+# --------------------------------------------------------------------------------------------------
+# Engines: one decode's pairs in, their logits out
+# --------------------------------------------------------------------------------------------------
+
+QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
+
+
+class Engine:
+    """Scores pairs. Owned by one thread once its scheduler runs; `pairs` and `pieces`: any thread."""
 
     pairs: Pairs
 
-    def __init__(self, description: ModelDescription, model: LlamaModel, settings: Settings) -> None:
-        self.description, self._model = description, model
-        self.max_batch_tokens, self.max_sequences = settings.tuning.ubatch, MAX_SEQUENCES
-
-    @property
-    def kind(self) -> str:
-        return self.description.kind
+    def __init__(self, model: LlamaModel) -> None:
+        self.description, self.arithmetic, self._model = model.description, model.arithmetic, model
+        self.max_batch_tokens = model.tuning.ubatch  # what one decode should hold
+        self.max_sequences = MAX_SEQUENCES  # pairs in one decode
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score."""
-        return self._in_batches(pairs, lambda pair: pair.n_new, self._score_batch)
-
-    def _in_batches(
-        self, items: Sequence[T], n_tokens: Callable[[T], int], work: Callable[[list[T]], list[Any]]
-    ) -> list[Any]:
-        waiting, results = deque(enumerate(items)), [None] * len(items)
-        while waiting:
-            batch = take_batch(waiting, lambda item: n_tokens(item[1]), self.max_batch_tokens, self.max_sequences)
-            for (index, _), result in zip(batch, work([item for _, item in batch]), strict=True):
-                results[index] = result
-        return results
-
-    def _score_batch(self, pairs: list[Pair]) -> list[float]:
+        """One decode: the raw logit of each pair, in order. They have one prefix, and more tokens
+        than max_batch_tokens only where it is one pair. Raises EngineError."""
         raise NotImplementedError
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's text of each id. Any thread."""
+        """The vocabulary's text of each id."""
         return [self._model.piece(index) for index in ids]
 
     def close(self) -> None:
+        """Frees the native memory. May be called twice."""
         self._model.close()
 
 
-class RankPoolingEngine(LlamaEngine):
-    """Cross-encoders: the logit of the classification head (llama.cpp's RANK pooling), one float for each pair."""
+def score_all(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
+    """The raw logits of any number of pairs, in order, by as many decodes as they need. Only in the
+    thread that owns the engine. Raises EngineError."""
+    logits = [math.nan] * len(pairs)
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_prefix.setdefault(pair.prefix, []).append(index)
+    for waiting in by_prefix.values():
+        while waiting:
+            batch = take_batch(
+                waiting, lambda index: pairs[index].n_new, engine.max_batch_tokens,
+                engine.max_sequences,
+            )
+            scored = engine.score([pairs[index] for index in batch])
+            for index, logit in zip(batch, scored, strict=True):
+                logits[index] = logit
+    return logits
 
-    def __init__(
-        self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
-    ) -> None:  # fmt: skip
-        super().__init__(description, model, settings)
-        limit = description.max_length(settings)
-        self.pairs = _cross_encoder_pairs(model, description, limit)
-        self._token_types = TokenTypeEmbeddings(gguf) if description.token_types > 1 else None
-        self._encoder = EncoderContext(model, limit, settings.tuning.ubatch, llama.LLAMA_POOLING_TYPE_RANK)
 
-    def _score_batch(self, pairs: list[Pair]) -> list[float]:
+class RankPoolingEngine(Engine):
+    """Cross-encoders: the logit of the classification head (llama.cpp's RANK pooling), one float
+    for each pair."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        super().__init__(model)
+        self.pairs = _cross_encoder_pairs(model)
+        has_types = self.description.token_types > 1
+        self._token_types = TokenTypeEmbeddings(model.gguf) if has_types else None
+        self._encoder = EncoderContext(model, llama().LLAMA_POOLING_TYPE_RANK)
+
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        """See Engine.score."""
         embeddings = self._token_types(pairs) if self._token_types else None
         rows = self._encoder.encode(Batch([pair.ids for pair in pairs]), 1, embeddings)
         return [float(row[0]) for row in rows]
 
 
-def _cross_encoder_pairs(model: LlamaModel, description: ModelDescription, max_length: int) -> CrossEncoderPairs:
-    vocab = model.vocab
-    if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_WPM:
-        first, last = _bert_frame(model, description)
-        return CrossEncoderPairs(_word_piece(model, description), first, [last], last, max_length)
-    first = _special(model, description, llama.llama_vocab_bos(vocab), "<s>")
-    last = _special(model, description, llama.llama_vocab_eos(vocab), "</s>")
-    return CrossEncoderPairs(XlmRobertaTokenizer(vocab), first, [last, last], last, max_length)
+def _cross_encoder_pairs(model: LlamaModel) -> CrossEncoderPairs:
+    if llama().llama_vocab_type(model.vocab) == llama().LLAMA_VOCAB_TYPE_WPM:
+        first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
+        return CrossEncoderPairs(_word_piece(model), first, [last], last, model.limit)
+    first, last = model.special("bos", "<s>"), model.special("eos", "</s>")
+    tokenizer = XlmRobertaTokenizer(model.vocab)
+    return CrossEncoderPairs(tokenizer, first, [last, last], last, model.limit)
 
 
-def _bert_frame(model: LlamaModel, description: ModelDescription) -> tuple[int, int]:
-    first = _special(model, description, llama.llama_vocab_bos(model.vocab), "[CLS]")
-    return first, _special(model, description, llama.llama_vocab_sep(model.vocab), "[SEP]")
-
-
-def _special(model: LlamaModel, description: ModelDescription, token_id: int, text: str) -> int:
-    """token_id, if it is what frames a pair. (The converter may store a control token under a longer spelling.)"""
-    piece = model.piece(token_id) if token_id >= 0 else "nothing"
-    if not piece.startswith(text):
-        raise ModelError(f"{description.path}: its metadata names {piece!r} where {text!r} belongs; {_MAKE}")
-    return token_id
-
-
-def _word_piece(model: LlamaModel, description: ModelDescription) -> WordPieceTokenizer:
-    pieces = [model.piece(token_id) for token_id in range(llama.llama_vocab_n_tokens(model.vocab))]
-    unknown = pieces.index("[UNK]") if "[UNK]" in pieces else -1
-    if unknown < 0:
-        raise ModelError(f"{description.path}: no [UNK] in its vocabulary; {_MAKE}")
-    return WordPieceTokenizer(pieces, unknown, description.lowercase, description.strip_accents)
+def _word_piece(model: LlamaModel) -> Tokenizer:
+    pieces, about = [model.piece(index) for index in range(model.n_vocab)], model.description
+    if "[UNK]" not in pieces:
+        raise model.gguf.refusal("no [UNK] in its vocabulary")
+    return WordPieceTokenizer(pieces, pieces.index("[UNK]"), about.lowercase, about.strip_accents)
 
 
 class TokenTypeEmbeddings:
-    """BERT's second token type, which llama.cpp cannot express: it adds token_types[0] to every token.
-
-    So the engine feeds embeddings in place of ids: token_embd[id], plus token_types[1] - token_types[0] where the
-    passage begins. Without this a BERT cross-encoder's scores are wrong without a word.
-    """
+    """BERT's second token type, without which its scores are wrong without a word. llama.cpp adds
+    token_types[0] to every token, so it is given embeddings in place of ids: token_embd[id], plus
+    token_types[1] - token_types[0] from where the passage begins."""
 
     def __init__(self, gguf: GgufFile) -> None:
-        """Maps the file's embedding table; rows are dequantised as they are used. Raises ModelError."""
-        types = self._read(gguf, "token_types.weight")
+        """Maps the file's embedding table; rows are dequantised as they are used. Raises
+        ModelError."""
+        types = self._table(gguf, "token_types.weight")
         self._difference: FloatArray = types(np.array([1]))[0] - types(np.array([0]))[0]
-        self._rows = self._read(gguf, "token_embd.weight")
+        self._rows = self._table(gguf, "token_embd.weight")
 
     def __call__(self, pairs: Sequence[Pair]) -> FloatArray:
         """[n_tokens, n_embd] float32 for the pairs, one after the other."""
@@ -2418,125 +2554,131 @@ class TokenTypeEmbeddings:
         return rows
 
     @staticmethod
-    def _read(gguf: GgufFile, name: str) -> Callable[[npt.NDArray[Any]], FloatArray]:
+    def _table(gguf: GgufFile, name: str) -> Callable[[npt.NDArray[Any]], FloatArray]:
         info = gguf.tensors.get(name)
-        if info is None:
-            raise ModelError(f"{gguf.path}: tensor {name} is missing; {_MAKE}")
+        if info is None or len(info.shape) != 2:
+            raise gguf.refusal(f"tensor {name} is missing")
         n_rows, n_columns = info.shape
-        table = np.memmap(gguf.path, np.uint8, "r", info.offset, (n_rows, info.n_bytes // n_rows))
+        shape = (n_rows, info.n_bytes // n_rows)
+        table = np.memmap(gguf.path, np.uint8, "r", info.offset, shape)
         return lambda ids: dequantize(table[ids], info.type_id, n_columns)
 
 
+class _TypeTraits(ctypes.Structure):  # struct ggml_type_traits, ggml.h
+    _fields_ = (("type_name", ctypes.c_char_p), ("sizes", ctypes.c_int64 * 3),
+                ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p))
+
+
 def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> FloatArray:
-    """[n, bytes of a row] raw ggml rows -> [n, n_columns] float32, by ggml's own to_float of that type."""
+    """[n, bytes of a row] raw ggml rows -> [n, n_columns] float32, by ggml's own to_float."""
     rows = np.ascontiguousarray(rows)
-    to_float = ggml_get_type_traits(type_id).contents.to_float
+    traits = _native("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
+    to_float = traits(type_id).contents.to_float
     if not to_float:  # GGML_TYPE_F32
-        return cast(FloatArray, rows.view(np.float32).copy())
+        return rows.view(np.float32).copy()
     result: FloatArray = np.empty((len(rows), n_columns), dtype=np.float32)
-    convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(to_float)
-    convert(rows.ctypes.data, result.ctypes.data, result.size)
+    kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    ctypes.CFUNCTYPE(None, *kinds)(to_float)(rows.ctypes.data, result.ctypes.data, result.size)
     return result
 
 
-class YesLogitEngine(LlamaEngine):
-    """bge-reranker-v2-gemma: the logit of "Yes" after the prompt. The logit of "No" plays no part."""
+class YesLogitEngine(Engine):
+    """bge-reranker-v2-gemma: the logit of "Yes" after the prompt. The logit of "No" plays no
+    part."""
 
-    def __init__(
-        self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
-    ) -> None:  # fmt: skip
-        super().__init__(description, model, settings)
-        tokenizer = VocabTokenizer(model.vocab)
-        bos = _special(model, description, llama.llama_vocab_bos(model.vocab), "<bos>")
-        limit = description.max_length(settings)
-        self.pairs = PromptPairs(tokenizer, bos, description.prompt, limit)
-        self._yes = _yes_token(gguf, tokenizer)
-        (shortest,) = self.pairs.make("", [""])  # its length is the prompt's: fewer sequences, fewer logits kept
-        self.max_sequences = min(MAX_SEQUENCES, max(1, settings.tuning.ubatch // shortest.n_new))
-        n_ctx = self.pairs.longest + settings.tuning.ubatch  # the prefix, and a batch of what follows it
-        model.open_context(settings.tuning.ubatch, n_ctx, self.max_sequences + 1, llama.LLAMA_POOLING_TYPE_UNSPECIFIED)
-        self._n_ctx, self._memory = n_ctx, llama.llama_get_memory(model.context)
+    def __init__(self, model: LlamaModel) -> None:
+        super().__init__(model)
+        tokenizer, ubatch = VocabTokenizer(model.vocab), model.tuning.ubatch
+        bos = model.special("bos", "<bos>")
+        self.pairs = PromptPairs(tokenizer, bos, self.description.prompt, model.limit)
+        self._yes = _yes_token(model.gguf, tokenizer)
+        # No pair is shorter than its prompt: fewer sequences, fewer logits kept.
+        (shortest,) = self.pairs.make("", [""])
+        self.max_sequences = min(MAX_SEQUENCES, max(1, ubatch // shortest.n_new))
+        self._n_ctx = self.pairs.longest + ubatch  # the prefix, and a batch of what follows it
+        pooling = llama().LLAMA_POOLING_TYPE_UNSPECIFIED
+        model.open_context(ubatch, self._n_ctx, self.max_sequences + 1, pooling)
+        self._memory = llama().llama_get_memory(model.context)
         self._prefix: tuple[int, ...] = ()  # what sequence 0 of the KV cache holds
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score. The prefix `<bos> A: query \\n` is computed once for all pairs that begin with it."""
-        logits = [math.nan] * len(pairs)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, pair in enumerate(pairs):
-            groups.setdefault(pair.prefix, []).append(index)
-        for prefix, indices in groups.items():
-            self._hold(prefix)
-            scored = super().score([pairs[index] for index in indices])
-            for index, logit in zip(indices, scored, strict=True):
-                logits[index] = logit
-        return logits
-
-    def _hold(self, prefix: tuple[int, ...]) -> None:
-        if prefix == self._prefix:
-            return
-        self._prefix = ()
-        llama.llama_memory_clear(self._memory, False)
-        if prefix:
-            self._decode(Batch([prefix]), slice(0))
-        self._prefix = prefix
-
-    def _score_batch(self, pairs: list[Pair]) -> list[float]:
-        batch = Batch([pair.ids[pair.n_shared :] for pair in pairs], len(self._prefix), first_sequence=1)
+        """See Engine.score. The prefix `<bos> A: query \\n` is computed once for all decodes in a
+        row that begin with it."""
+        if len(pairs) > self.max_sequences or len({pair.prefix for pair in pairs}) != 1:
+            raise EngineError(f"{len(pairs)} pairs cannot be decoded together")
+        self._hold(pairs[0].prefix)
+        api = llama()
+        new_ids = [pair.ids[pair.n_shared :] for pair in pairs]
+        batch = Batch(new_ids, len(self._prefix), first_sequence=1)
         sequences = range(1, len(pairs) + 1)
         for sequence in sequences:  # marks the prefix's cells, copies nothing
-            llama.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+            api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         try:
             self._decode(batch, batch.ends)
             return [self._yes_logit(int(end)) for end in batch.ends]
         finally:
             for sequence in sequences:
-                llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+                api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def _hold(self, prefix: tuple[int, ...]) -> None:
+        if prefix == self._prefix:
+            return
+        self._prefix = ()
+        llama().llama_memory_clear(self._memory, False)
+        if prefix:
+            self._decode(Batch([prefix]), slice(0))
+        self._prefix = prefix
 
     def _decode(self, batch: Batch, output: slice | npt.NDArray[np.int64]) -> None:
         if not 0 < batch.n_tokens <= self._n_ctx - len(self._prefix):
             raise EngineError(f"a batch of {batch.n_tokens} tokens cannot be decoded")
-        status = llama.llama_decode(self._model.context, batch.native(output))
+        status = llama().llama_decode(self._model.context, batch.native(output))
         if status != 0:
-            raise EngineError(f"llama.cpp failed to decode {batch.n_tokens} tokens (status {status})")
+            what = f"{batch.n_tokens} tokens (status {status})"
+            raise EngineError(f"llama.cpp failed to decode {what}")
 
     def _yes_logit(self, index: int) -> float:
-        logits = llama.llama_get_logits_ith(self._model.context, index)
+        logits = llama().llama_get_logits_ith(self._model.context, index)
         if not logits:
             raise EngineError("llama.cpp returned no logits")
         return float(logits[self._yes])
 
 
 def _yes_token(gguf: GgufFile, tokenize: Tokenizer) -> int:
-    """The first id of "Yes", as the reference takes it; the file's own record must agree. Raises ModelError."""
+    """The first id of "Yes", as the reference takes it; the file's own record must agree. Raises
+    ModelError."""
     yes = tokenize("Yes")
     recorded = gguf.metadata.get("rerank.yes_token_id", yes[0] if yes else None)
     if not yes or recorded != yes[0]:
-        raise ModelError(f"{gguf.path}: its tokenizer makes {yes} of 'Yes', its metadata says {recorded}; {_MAKE}")
+        raise gguf.refusal(f"its tokenizer makes {yes} of 'Yes', its metadata says {recorded}")
     return yes[0]
 
 
-class EmbeddingEngine(LlamaEngine):
-    """The mini model: a fitted line from the cosine of query's and passage's embeddings (mean of the last layer's
-    states), and from how much of the query's words the passage holds, to a logit."""
+class EmbeddingEngine(Engine):
+    """The mini model: a fitted line from the cosine of query's and passage's embeddings (mean of
+    the last layer's states), and from how much of the query's words the passage holds, to a
+    logit."""
 
-    def __init__(
-        self, gguf: GgufFile, description: ModelDescription, model: LlamaModel, settings: Settings
-    ) -> None:  # fmt: skip
-        super().__init__(description, model, settings)
-        first, last = _bert_frame(model, description)
-        limit = description.max_length(settings)
-        self.pairs = TextPairs(_word_piece(model, description), first, last, limit)
-        self._n_embd = llama.llama_model_n_embd(model.model)
-        self._encoder = EncoderContext(model, limit, settings.tuning.ubatch, llama.LLAMA_POOLING_TYPE_MEAN)
+    def __init__(self, model: LlamaModel) -> None:
+        super().__init__(model)
+        first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
+        self.pairs = TextPairs(_word_piece(model), first, last, model.limit)
+        self._encoder = EncoderContext(model, llama().LLAMA_POOLING_TYPE_MEAN)
         self._query_vectors: OrderedDict[tuple[int, ...], FloatArray] = OrderedDict()
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score."""
+        """See Engine.score. Queries that are not known yet take decodes of their own."""
         known = self._query_vectors
-        missing = [ids for ids in dict.fromkeys(pair.query_ids for pair in pairs) if ids not in known]
-        known.update(zip(missing, self.embed(missing), strict=True))
+        queries = dict.fromkeys(tuple(pair.query_ids) for pair in pairs)
+        missing = [ids for ids in queries if ids not in known]
+        while missing:
+            batch = take_batch(missing, len, self.max_batch_tokens, self.max_sequences)
+            known.update(zip(batch, self.embed(batch), strict=True))
         passages = self.embed([pair.ids for pair in pairs])
-        logits = [self.logit(pair, known[pair.query_ids], vector) for pair, vector in zip(pairs, passages, strict=True)]
+        logits = [
+            self.logit(pair, known[tuple(pair.query_ids)], passage)
+            for pair, passage in zip(pairs, passages, strict=True)
+        ]
         while len(known) > QUERY_VECTORS_KEPT:
             known.popitem(last=False)
         return logits
@@ -2546,51 +2688,59 @@ class EmbeddingEngine(LlamaEngine):
         model = self.description
         logit = model.cosine_scale * float(query @ passage) + model.cosine_bias
         if model.overlap_scale:  # between [CLS] and [SEP]
-            logit += model.overlap_scale * overlap(pair.query_ids[1:-1], pair.ids[1:-1], model.first_piece_id)
+            inside, first = slice(1, -1), model.first_piece_id
+            held = overlap(pair.query_ids[inside], pair.ids[inside], first)
+            logit += model.overlap_scale * held
         return logit
 
-    def embed(self, texts: Sequence[tuple[int, ...]]) -> list[FloatArray]:
-        """Unit vectors, one for each sequence of ids. Only in the thread that owns the engine."""
-        return self._in_batches(texts, len, self._embed_batch)
-
-    def _embed_batch(self, texts: list[tuple[int, ...]]) -> list[FloatArray]:
-        rows = self._encoder.encode(Batch(texts), self._n_embd)
+    def embed(self, texts: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """Unit vectors of one decode's sequences of ids. Only in the thread that owns the
+        engine."""
+        rows = self._encoder.encode(Batch(texts), self._model.n_embd)
         return list(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
-ZIPF_OFFSET = 10  # the piece of rank r counts ln(1 + r / 10): the first few ("the", "of", "and") hardly count
+ZIPF_OFFSET = 10  # the piece of rank r counts ln(1 + r / 10): the first few hardly count
 
 
-def overlap(query_ids: Sequence[int], passage_ids: Sequence[int], first_piece_id: int) -> float:
-    """The part of the query's pieces that the passage holds, each counted by how rare it is: 0 none, 1 all.
+def overlap(
+    query_ids: Sequence[int], passage_ids: Sequence[int], first_piece_id: int
+) -> float:
+    """The part of the query's pieces that the passage holds, each counted by how rare it is: 0
+    none, 1 all.
 
-    How rare is read off the vocabulary, where BERT's pieces stand roughly in the order of their frequency: by Zipf's
-    law that of rank r has a frequency in proportion to 1 / r, and what search engines weigh words by (inverse document
-    frequency; Robertson and Zaragoza 2009) is the logarithm of its inverse.
+    How rare is read off the vocabulary, where BERT's pieces stand roughly in the order of their
+    frequency: by Zipf's law that of rank r has a frequency in proportion to 1 / r, and what search
+    engines weigh words by (inverse document frequency; Robertson and Zaragoza 2009) is the
+    logarithm of its inverse.
     """
-    weights = {token: math.log1p(max(0, token - first_piece_id) / ZIPF_OFFSET) for token in query_ids}
-    held = weights.keys() & set(passage_ids)
-    return math.fsum(weights[token] for token in held) / total if (total := math.fsum(weights.values())) else 0.0
+    ranks = {token: max(0, token - first_piece_id) for token in query_ids}
+    weights = {token: math.log1p(rank / ZIPF_OFFSET) for token, rank in ranks.items()}
+    held = math.fsum(weights[token] for token in weights.keys() & set(passage_ids))
+    total = math.fsum(weights.values())
+    return held / total if total else 0.0
 
 
-_ENGINES: dict[str, Callable[[GgufFile, ModelDescription, LlamaModel, Settings], LlamaEngine]] = {
+_ENGINES: dict[str, Callable[[LlamaModel], Engine]] = {
     CROSS_ENCODER: RankPoolingEngine, YES_LOGIT: YesLogitEngine, BI_ENCODER: EmbeddingEngine,
-}  # fmt: skip
+}
 
 
-def load_engine(path: Path, settings: Settings) -> LlamaEngine:
-    """Opens a GGUF file, checks it, and decides from its metadata which engine scores with it. Raises ModelError."""
+def load_engine(path: Path, settings: Settings, is_alone: bool = False) -> Engine:
+    """Opens a GGUF file, checks it, and decides from its metadata which engine scores with it.
+    is_alone: nothing else runs in this process (see _given_back_while_written). Raises
+    ModelError."""
     gguf = GgufFile.open(path)
-    description = describe(gguf)
+    describe(gguf)
     if not gguf.header_is_intact() and IN_CHILD not in os.environ:
-        _try_in_child(path)
-    model = LlamaModel(description, settings)
+        _try_in_child(path, settings)
+    model = LlamaModel(gguf, settings, is_alone)
     try:
-        engine = _ENGINES[description.kind](gguf, description, model, settings)
+        engine = _ENGINES[model.description.kind](model)
         _check_known_pair(gguf, engine)
-        if model.accelerated:
-            engine.score(engine.pairs.make("warm", ["up"]))  # copies the weights and makes the kernels
-    except BaseException:  # a file that is refused is asked for again with the next request: free it now
+        if model.accelerated:  # copies the weights and makes the kernels
+            engine.score(engine.pairs.make("warm", ["up"]))
+    except BaseException:  # a refused file is asked for again with the next request: free it now
         model.close()
         raise
     return engine
@@ -2599,52 +2749,73 @@ def load_engine(path: Path, settings: Settings) -> LlamaEngine:
 IN_CHILD = "RERANK_IN_CHILD"  # set where the process may die: nobody is served by it
 
 
-def _try_in_child(path: Path) -> None:
-    """llama.cpp ends the process for some damaged files (GGML_ASSERT). So a file whose header is not known to be intact
-    is loaded and scores a pair in a process of its own first. Raises ModelError with what that process said."""
+def _try_in_child(path: Path, settings: Settings) -> None:
+    """llama.cpp ends the process for some damaged files (GGML_ASSERT). So a file whose header is
+    not known to be intact is loaded and scores a pair in a process of its own first, with this
+    one's settings. Raises ModelError with what that process said."""
     command = [sys.executable, str(Path(__file__).resolve()), "--check", str(path)]
-    child = subprocess.run(command, env={**os.environ, IN_CHILD: "1"}, capture_output=True, text=True, errors="replace")
+    environment = {**os.environ, IN_CHILD: "1", **_environment_of(settings)}
+    try:
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace",
+            timeout=CHILD_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        said = f"loading it in a process of its own took more than {CHILD_TIMEOUT_S} s"
+        raise ModelError(f"{path}: {said}") from None
     if child.returncode == 0:
         return
     marks = ("GGML_ASSERT", "rerank_server.py:")
     lines = [line for line in child.stderr.splitlines() if any(mark in line for mark in marks)]
-    said = lines[-1].removeprefix(f"rerank_server.py: {path}: ") if lines else f"exit status {child.returncode}"
+    said = lines[-1] if lines else f"exit status {child.returncode}"
+    said = said.removeprefix(f"rerank_server.py: {path}: ")
     if child.returncode < 0:
         said = f"llama.cpp ends the process that loads it ({said.rpartition('/')[2]}); {_MAKE}"
     raise ModelError(f"{path}: {said}")
 
 
-def _check_known_pair(gguf: GgufFile, engine: LlamaEngine) -> None:
-    """The file carries the ids of one pair as the reference builds it; this build must make the same ones."""
+def _environment_of(settings: Settings) -> dict[str, str]:
+    """What decides how a file is loaded, as read_settings reads it."""
+    names = ("max_length", "threads", "ubatch", "flash_attention", "repack", "accel",
+             "accel_strict", "gpu_layers")
+    return {environment_variable_of(name): str(getattr(settings, name)) for name in names}
+
+
+def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
+    """The file carries the ids of one pair as the reference builds it; this build must make the
+    same ones. Raises ModelError."""
     expected = gguf.metadata.get("rerank.check_ids")
     if not expected:
         return
-    query, passage = gguf.require("rerank.check_query", str), gguf.require("rerank.check_passage", str)
-    (pair,) = engine.pairs.make(query, [passage], CHECK_MAX_LENGTH_TOKENS)
-    if not pair.truncated and list(pair.ids) != expected:
-        raise ModelError(
-            f"{gguf.path}: its tokenizer makes other ids than the reference of a known pair "
-            f"({list(pair.ids)[:12]}... instead of {expected[:12]}...); {_MAKE}"
-        )
+    query = gguf.require("rerank.check_query", str)
+    passage = gguf.require("rerank.check_passage", str)
+    (pair,) = engine.pairs.make(query, [passage], Cut(max_length=CHECK_MAX_LENGTH_TOKENS))
+    ids = list(pair.ids)
+    if not pair.truncated and ids != expected:
+        what = "its tokenizer makes other ids than the reference of a known pair"
+        raise gguf.refusal(f"{what} ({ids[:12]}..., not {str(expected)[:60]})")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Scores: logits become what a client reads
+# --------------------------------------------------------------------------------------------------
 
 
 def sigmoid(logit: float) -> float:
-    """Stable for any finite logit. Raises EngineError for NaN and infinities: a failure is never a score."""
+    """Stable for any finite logit. Raises EngineError for NaN and infinities: a failure is never a
+    score."""
     if not math.isfinite(logit):
         raise EngineError(f"the model gave {logit} in place of a score")
     if logit >= 0:
         return 1.0 / (1.0 + math.exp(-logit))
-    return (exponential := math.exp(logit)) / (1.0 + exponential)
+    exponential = math.exp(logit)
+    return exponential / (1.0 + exponential)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """score = sigmoid(scale * logit + bias). As it is without a file: the plain sigmoid. The order of scores stays."""
+    """score = sigmoid(scale * logit + bias). Without a file: the plain sigmoid. The order of scores
+    stays."""
 
     scale: float = 1.0
     bias: float = 0.0
@@ -2655,19 +2826,24 @@ class Calibration:
 
 
 def read_calibrations(path: Path, models: Sequence[ModelDescription]) -> dict[str, Calibration]:
-    """From a file that bench.calibrate wrote: model's name -> its map, for those of `models` that it was fitted for.
+    """From a file that bench.calibrate wrote: model's name -> its map, for those of `models` that
+    it was fitted for.
 
-    Raises SettingsError: not such a file, fitted for none of the models, or for another file of the same name.
+    Raises SettingsError: not such a file, fitted for none of the models, or for another file of the
+    same name.
     """
     try:
-        entries = {entry["file"]: entry for entry in json.loads(path.read_bytes())["calibrations"]}
-        found = {model.name: _calibration_of(entries[model.path.name], model) for model in models
-                 if model.path.name in entries}  # fmt: skip
+        listed = json.loads(path.read_bytes())["calibrations"]
+        entries = {entry["file"]: entry for entry in listed}
+        known = [model for model in models if model.path.name in entries]
+        found = {model.name: _calibration_of(entries[model.path.name], model) for model in known}
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise SettingsError(f"--calibration {path}: not a file of `python -m bench.calibrate` ({error})") from None
+        what = f"not a file of `python -m bench.calibrate` ({error})"
+        raise SettingsError(f"--calibration {path}: {what}") from None
     if not found:
+        fitted = ", ".join(entries) or "nothing"
         served = ", ".join(model.path.name for model in models)
-        raise SettingsError(f"--calibration {path} was fitted for {', '.join(entries) or 'nothing'}, not for {served}")
+        raise SettingsError(f"--calibration {path} was fitted for {fitted}, not for {served}")
     return found
 
 
@@ -2675,8 +2851,9 @@ def _calibration_of(entry: dict[str, Any], model: ModelDescription) -> Calibrati
     for name in ("kind", "quantization", "file_bytes"):
         if entry[name] != getattr(model, name):
             raise SettingsError(
-                f"--calibration was fitted for another {model.path.name} (its {name} was {entry[name]!r}, that of this "
-                f"file is {getattr(model, name)!r}): run `python -m bench.calibrate` with this one"
+                f"--calibration was fitted for another {model.path.name} (its {name} was "
+                f"{entry[name]!r}, that of this file is {getattr(model, name)!r}): run `python -m "
+                "bench.calibrate` with this one"
             )
     scale, bias = float(entry["scale"]), float(entry["bias"])
     if not (math.isfinite(scale) and math.isfinite(bias) and scale > 0):
@@ -2684,7 +2861,7 @@ def _calibration_of(entry: dict[str, Any], model: ModelDescription) -> Calibrati
     return Calibration(scale, bias)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scored:
     """One passage's result. model: the file that scored it."""
 
@@ -2704,7 +2881,8 @@ def best_first(results: Iterable[Scored]) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The answer before it is written. n_llm: how many of the first results are the second stage's."""
+    """The answer before it is written, best first. n_llm: how many of the first results are the
+    second stage's."""
 
     results: tuple[Scored, ...]
     model: str  # as the client named it, else the file's name
@@ -2714,16 +2892,20 @@ class Ranking:
 
     def shown(self, request: RerankRequest) -> list[Scored]:
         low = -math.inf if request.min_score is None else request.min_score
-        return [result for result in self.results if value_of(result, request) >= low][: request.top_n]
+        shown = [result for result in self.results if value_of(result, request) >= low]
+        return shown[: request.top_n]
 
 
 def value_of(result: Scored, request: RerankRequest) -> float:
     return result.logit if request.raw_scores else result.score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Roles: which file serves use_llm false (m3) and true (gemma)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+SLICE_PASSAGES = 128  # tokenised at once: the first decode starts while the rest is still text
+AHEAD_DECODES = 8  # of a long list's pairs wait, and no more are made
 
 
 class ScoreCache:
@@ -2753,19 +2935,72 @@ class ScoreCache:
             while len(self._logits) > self._max_entries:
                 self._logits.popitem(last=False)
 
-    def __len__(self) -> int:
-        return len(self._logits)
+    def state(self) -> dict[str, int]:
+        return {"entries": len(self._logits), "hits": self.hits, "misses": self.misses}
 
 
 class Role:
+    """A model that scores requests. Any thread. LocalRole does it in this process."""
+
+    def __init__(
+        self, name: str, description: ModelDescription, calibration: Calibration | None = None
+    ) -> None:
+        self.name, self.description = name, description
+        self.calibration = calibration or Calibration()
+        self.metrics = Metrics()  # Roles gives all of them one
+
+    def score(
+        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None,
+        job: Job | None = None,
+    ) -> list[Scored]:
+        """The passages of `indices`, in that order. job: from admit. Raises ModelError and
+        RequestError."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Job | None]:
+        """Room for the n longest of a request's pairs (default: all), before anything is tokenised.
+        Raises OverloadedError and UnavailableError."""
+        yield None
+
+    def is_loaded(self) -> bool:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What GET /health shows beside the description."""
+        return {}
+
+    def n_waiting_tokens(self) -> int:
+        return 0
+
+    def n_requests(self) -> int:
+        return 0
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Answers what was submitted, then frees the model. False: it took longer."""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A passage whose pairs were submitted. keys: one, or one for each window."""
+
+    index: int
+    keys: tuple[bytes, ...]
+    n_tokens: int
+    truncated: bool
+
+
+class LocalRole(Role):
     """A file, its queue, and a scheduler with its engine while they are needed."""
 
     def __init__(
         self, name: str, description: ModelDescription, settings: Settings,
-        load: Callable[[Path, Settings], Engine] = load_engine, calibration: Calibration | None = None,
-    ) -> None:  # fmt: skip
-        self.name, self.description, self._settings, self._load = name, description, settings, load
-        self.calibration = calibration or Calibration()
+        load: Callable[[Path, Settings, bool], Engine] = load_engine,
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__(name, description, calibration)
+        self._settings, self._load = settings, load
         self._lock = threading.Lock()  # guards _scheduler, _n_users, _last_used and _closed
         self._scheduler: Scheduler | None = None
         self._n_users = 0
@@ -2773,46 +3008,65 @@ class Role:
         self._closed = False
         self.queue = Queue(settings.max_queue_tokens)
         self.cache = ScoreCache(settings.cache_mb * 1_000_000)
-        self.metrics = Metrics()  # Roles gives all of them one
 
-    @property
-    def loaded(self) -> bool:
-        return (scheduler := self._scheduler) is not None and scheduler.is_loaded
+    def is_loaded(self) -> bool:
+        scheduler = self._scheduler
+        return scheduler is not None and scheduler.is_loaded
 
-    def start(self) -> Future[Engine]:
-        """Loads in the scheduler's thread, if nothing has. Raises UnavailableError once closed."""
+    def state(self) -> dict[str, Any]:
+        """arithmetic: what multiplies; null until the model is loaded."""
+        scheduler = self._scheduler
+        is_loaded = scheduler is not None and scheduler.is_loaded
+        arithmetic = scheduler.engine.result().arithmetic if scheduler and is_loaded else None
+        return {"loaded": is_loaded, "arithmetic": arithmetic, "cache": self.cache.state()}
+
+    def n_waiting_tokens(self) -> int:
+        return self.queue.n_tokens
+
+    def n_requests(self) -> int:
+        return self.queue.n_requests
+
+    def start(self, is_alone: bool = False) -> Future[Engine]:
+        """Loads in the scheduler's thread, if nothing has. is_alone: see load_engine. Raises
+        UnavailableError once closed."""
         with self._lock:
             if self._closed:
                 raise UnavailableError("the server is stopping")
             if self._scheduler is None or self._scheduler.has_failed:
                 self._last_used = time.monotonic()
-                self._scheduler = Scheduler(self.name, self.queue, self._load_file, self._idle_s, self.metrics)
+                load = functools.partial(self._load_file, is_alone)
+                self._scheduler = Scheduler(
+                    self.name, self.queue, load, self._idle_s, self.metrics
+                )
             return self._scheduler.engine
 
-    def _load_file(self) -> Engine:
-        started = time.perf_counter()
-        log.info("%s: loading %s (%.0f MB)", self.name, self.description.name, self.description.file_bytes / 1e6)
-        engine = self._load(self.description.path, self._settings)
-        log.info("%s: %s loaded in %.1f s", self.name, self.description.name, time.perf_counter() - started)
+    def _load_file(self, is_alone: bool) -> Engine:
+        started, model = time.perf_counter(), self.description
+        log.info("%s: loading %s (%.0f MB)", self.name, model.name, model.file_bytes / 1e6)
+        engine = self._load(model.path, self._settings, is_alone)
+        seconds = time.perf_counter() - started
+        log.info("%s: %s loaded in %.1f s", self.name, model.name, seconds)
         return engine
 
     def _idle_s(self, engine: Engine) -> float | None:
-        """See Scheduler. gemma is given up after --unload-idle-s, but never while a request uses it."""
+        """See Scheduler. gemma is given up after --unload-idle-s, but never while a request uses
+        it."""
         unload_s = self._settings.unload_idle_s if self.name == "gemma" else 0
         if not unload_s:
             return math.inf
         with self._lock:
-            left_s = unload_s if self._n_users else self._last_used + unload_s - time.monotonic()
-            if left_s > 0:
-                return left_s
+            left_s = self._last_used + unload_s - time.monotonic()
+            if self._n_users or left_s > 0:
+                return unload_s if self._n_users else left_s
             engine.close()
             self._scheduler = None  # the next request starts another
-        log.info("%s: %s freed after %d s without a request", self.name, self.description.name, unload_s)
+        log.info("%s: freed after %d s without a request", self.name, unload_s)
         return None
 
     @contextlib.contextmanager
-    def engine(self, call: Call) -> Iterator[Engine]:
-        """Loads on first use; it is not freed before the `with` ends. Raises ModelError and RequestError."""
+    def _engine(self, call: Call) -> Iterator[Engine]:
+        """Loads on first use; it is not freed before the `with` ends. Raises ModelError and
+        RequestError."""
         with self._lock:
             self._n_users += 1
         try:
@@ -2822,90 +3076,88 @@ class Role:
                 self._n_users, self._last_used = self._n_users - 1, time.monotonic()
 
     @contextlib.contextmanager
-    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Group]:
-        """Room in the queue for the n longest of a request's pairs (default: all). Nothing is tokenised for it. Raises
-        OverloadedError and UnavailableError."""
+    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Job]:
+        """See Role.admit."""
         longest = self.description.max_length(self._settings)
-        with self.queue.admit(request.estimate_tokens(longest, n)) as group:
-            yield group
+        with self.queue.admit(request.estimate_tokens(longest, n)) as job:
+            yield job
 
     def score(
-        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None, group: Group | None = None
+        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None,
+        job: Job | None = None,
     ) -> list[Scored]:
-        """The passages of `indices`, in that order. group: from admit. Raises ModelError and RequestError."""
+        """See Role.score."""
         if not indices:
             return []
-        if group is None:
-            with self.admit(request, len(indices)) as group:
-                return self.score(request, indices, call, group)
+        if job is None:
+            with self.admit(request, len(indices)) as job:
+                return self.score(request, indices, call, job)
         call = call or Call()
-        windows: list[list[Pair]] = []
-        with self.engine(call) as engine:
-            slices = self._tokenised(request, engine.pairs, indices, call, windows)
-            logits = iter(self._logits(slices, group, call))
-            cut = [index for index, own in zip(indices, windows, strict=True) if any(pair.truncated for pair in own)]
-            read = self._characters_read(request, engine.pairs, cut, call)
-        self.metrics("tokenise_seconds", self.name).observe(call.tokenise_s)
-        results = []
-        for index, own in zip(indices, windows, strict=True):
-            logit = max(itertools.islice(logits, len(own)))  # of windows the best counts
-            n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in own)
-            score, truncated = self.calibration.score(logit), any(pair.truncated for pair in own)
-            results.append(Scored(index, logit, score, self.description.name, n_tokens, truncated, read.get(index)))
-        self.metrics("truncated_passages", self.name).inc(len(cut))
+        asked: list[Asked] = []
+        n_estimated = job.n_estimated
+        with self._engine(call) as engine:
+            max_waiting = AHEAD_DECODES * engine.max_batch_tokens
+            for start in range(0, len(indices), SLICE_PASSAGES):
+                self.queue.wait_for_room(job, max_waiting, call)
+                call.check()
+                part = indices[start : start + SLICE_PASSAGES]
+                left = 1 - (start + len(part)) / len(indices)
+                asked += self._submit(request, engine.pairs, part, call, job, n_estimated * left)
+            logits = self._logits(job, call, sum(len(passage.keys) for passage in asked))
+            results = [
+                self._scored(passage, logits, request, engine.pairs, call) for passage in asked
+            ]
+        self.metrics.tokenise_seconds.labels(self.name).observe(call.tokenise_s)
+        n_cut = sum(passage.truncated for passage in asked)
+        self.metrics.truncated_passages.labels(self.name).inc(n_cut)
         return results
 
-    @staticmethod
-    def _tokenised(
-        request: RerankRequest, pairs: Pairs, indices: Sequence[int], call: Call, windows: list[list[Pair]]
-    ) -> Iterator[tuple[list[Pair], float]]:
-        """Slice by slice: pairs, and which part of the request is still text. Fills windows, the pairs of each."""
-        for start in range(0, len(indices), SLICE_PASSAGES):
+    def _submit(
+        self, request: RerankRequest, pairs: Pairs, indices: Sequence[int], call: Call, job: Job,
+        n_estimated: float,
+    ) -> list[Asked]:
+        """Tokenises some passages. Equal pairs are scored once, known ones not at all."""
+        started = time.monotonic()
+        made = pairs_of(request, pairs, indices)
+        call.tokenise_s += time.monotonic() - started
+        asked, by_key = [], {}
+        for index, windows in zip(indices, made, strict=True):
+            keys = tuple(pair.key for pair in windows)
+            by_key.update(zip(keys, windows, strict=True))
+            n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in windows)
+            asked.append(Asked(index, keys, n_tokens, any(pair.truncated for pair in windows)))
+        new = by_key.keys() - job.keys - job.known.keys()
+        job.known |= self.cache.take(new)
+        missing = {key: by_key[key] for key in by_key if key in new and key not in job.known}
+        self.queue.append(job, missing, int(n_estimated))
+        call.n_tokens += sum(len(pair.ids) for pair in missing.values())
+        return asked
+
+    def _logits(self, job: Job, call: Call, n_pairs: int) -> dict[bytes, float]:
+        scored = call.result(self.queue.complete(job))
+        call.n_pairs, call.queue_s = call.n_pairs + n_pairs, call.queue_s + job.queue_s
+        call.inference_s += job.inference_s
+        self.metrics.queue_seconds.labels(self.name).observe(job.queue_s)
+        self.metrics.inference_seconds.labels(self.name).observe(job.inference_s)
+        self.metrics.cache_hits.labels(self.name).inc(len(job.known))
+        self.cache.put(scored, hits=len(job.known))
+        return {**job.known, **scored}
+
+    def _scored(
+        self, passage: Asked, logits: dict[bytes, float], request: RerankRequest, pairs: Pairs,
+        call: Call,
+    ) -> Scored:
+        """Of windows the best counts."""
+        index, read = passage.index, None
+        if request.return_characters_read and passage.truncated:
             call.check()
-            started = time.monotonic()
-            made = pairs_of(request, pairs, indices[start : start + SLICE_PASSAGES])
-            call.tokenise_s += time.monotonic() - started
-            windows += made
-            yield [pair for own in made for pair in own], 1 - min(1, (start + SLICE_PASSAGES) / len(indices))
-
-    @staticmethod
-    def _characters_read(request: RerankRequest, pairs: Pairs, cut: Sequence[int], call: Call) -> dict[int, int]:
-        read: dict[int, int] = {}
-        for index in cut if request.return_characters_read else ():
-            call.check()
-            read[index] = characters_read(request, pairs, index)
-        return read
-
-    def logits(self, pairs: Sequence[Pair], call: Call | None = None) -> list[float]:
-        """Raw logits, in order. Raises ModelError and RequestError."""
-        call = call or Call()
-        with self.queue.admit(sum(pair.n_new for pair in pairs)) as group, self.engine(call):
-            return self._logits([(pairs, 0.0)], group, call)
-
-    def _logits(self, slices: Iterable[tuple[Sequence[Pair], float]], group: Group, call: Call) -> list[float]:
-        """Raw logits, in order. Equal pairs are scored once, known ones not at all."""
-        keys: list[bytes] = []
-        known: dict[bytes, float] = {}
-        n_estimated = group.n_estimated
-        for pairs, part_left in slices:
-            own = {pair.key: pair for pair in pairs}
-            keys += [pair.key for pair in pairs]
-            known |= self.cache.take(own.keys() - group.keys)
-            missing = {key: pair for key, pair in own.items() if key not in known and key not in group.keys}
-            self.queue.append(group, missing, int(n_estimated * part_left))
-            call.n_tokens += sum(len(pair.ids) for pair in missing.values())
-        scored = call.result(self.queue.complete(group))
-        call.n_pairs, call.queue_s = call.n_pairs + len(keys), call.queue_s + group.queue_s
-        call.inference_s += group.inference_s
-        self.metrics("queue_seconds", self.name).observe(group.queue_s)
-        self.metrics("inference_seconds", self.name).observe(group.inference_s)
-        self.metrics("cache_hits", self.name).inc(len(known))
-        self.cache.put(scored, hits=len(known))
-        known |= scored
-        return [known[key] for key in keys]
+            read = characters_read(request, pairs, index)
+        logit = max(logits[key] for key in passage.keys)
+        score, model = self.calibration.score(logit), self.description.name
+        return Scored(index, logit, score, model, passage.n_tokens, passage.truncated, read)
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Answers what was submitted, then frees the model. False: that took longer than timeout_s."""
+        """See Role.close."""
         with self._lock:
             self._closed = True
             scheduler = self._scheduler
@@ -2925,69 +3177,87 @@ class Roles:
 
     @staticmethod
     def find(settings: Settings) -> Roles:
-        """Takes the files named by flags, else those in the models folders. Raises ModelError when none serves m3."""
-        found = {} if settings.m3 and settings.gemma else files_by_kind(settings.model_folders)
-        m3 = _describe_for(settings.m3, CROSS_ENCODER, BI_ENCODER) or newest(found, CROSS_ENCODER)
-        mini = None if m3 else newest(found, BI_ENCODER)
-        gemma = _describe_for(settings.gemma, YES_LOGIT) or newest(found, YES_LOGIT)
-        first = m3 or mini
-        if first is None:
+        """Takes the files named by flags, else those in the models folders. Nothing is loaded.
+        Raises ModelError when none serves m3."""
+        named = settings.m3 and settings.gemma
+        found = [] if named else servable_files(settings.model_folders)
+        m3 = _named(settings.m3, CROSS_ENCODER, BI_ENCODER) or newest(found, CROSS_ENCODER)
+        m3 = m3 or newest(found, BI_ENCODER)
+        gemma = _named(settings.gemma, YES_LOGIT) or newest(found, YES_LOGIT)
+        if m3 is None:
+            folders = " or ".join(map(str, settings.model_folders))
             raise ModelError(
-                f"no model in {' or '.join(map(str, settings.model_folders))}: run `{MODEL_COMMANDS['m3']}` for "
-                "bge-reranker-v2-m3, or `make mini` for the small one that needs no Hub"
+                f"no model in {folders}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
+                "`make mini` for the small one that needs no Hub"
             )
-        models = [first, *([gemma] if gemma else [])]
+        models = [m3, gemma] if gemma else [m3]
         maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
-        return Roles(
-            Role("m3", first, settings, calibration=maps.get(first.name)),
-            Role("gemma", gemma, settings, calibration=maps.get(gemma.name)) if gemma else None,
-            is_fallback=first.kind == BI_ENCODER,
-        )
+        roles = [
+            LocalRole(name, model, settings, calibration=maps.get(model.name))
+            for name, model in zip(("m3", "gemma"), models, strict=False)
+        ]
+        return Roles(roles[0], roles[1] if gemma else None, is_fallback=m3.kind == BI_ENCODER)
 
     def select(self, request: RerankRequest, strict: bool) -> Role:
-        """By use_llm, else by the model's name. Raises UnavailableError that names the command which makes the missing
-        file, and (strict) ModelNotFoundError for a name that is none of ours."""
+        """By use_llm, else by the model's name. Raises UnavailableError that names the command
+        which makes the missing file, and (strict) ModelNotFoundError for a name that is none of
+        ours."""
         name = (request.model or "").rpartition("/")[2].lower()
-        gemmas = ("gemma", "bge-reranker-v2-gemma", self._file_name(self.gemma))
-        ours = ("mini", "all-minilm-l6-v2") if self.is_fallback else ("m3", "bge-reranker-v2-m3")
-        if strict and name and name not in (*ours, *gemmas, self._file_name(self.m3)):
-            raise ModelNotFoundError(f"there is no model {request.model!r} here; see GET /v1/models", "model")
+        gemmas = {"gemma", "bge-reranker-v2-gemma", *_names(self.gemma)}
+        ours = {"mini", "all-minilm-l6-v2"} if self.is_fallback else {"m3", "bge-reranker-v2-m3"}
+        if strict and name and name not in ours | gemmas | _names(self.m3):
+            message = f"there is no model {request.model!r} here; see GET /v1/models"
+            raise ModelNotFoundError(message, "model")
         if not request.use_llm and name not in gemmas:
             return self.m3
         if self.gemma is None:
             param = "use_llm" if request.use_llm else "model"
             raise UnavailableError(
-                f"no gemma model is here, as '{param}' asks for; on the server run: {MODEL_COMMANDS['gemma']}", param
+                f"no gemma model is here, as '{param}' asks for; on the server run: "
+                f"{MODEL_COMMANDS['gemma']}", param,
             )
         return self.gemma
-
-    @staticmethod
-    def _file_name(role: Role | None) -> str | None:
-        return role.description.name.lower() if role else None
 
     def all(self) -> list[Role]:
         return [role for role in (self.m3, self.gemma) if role is not None]
 
 
-def _describe_for(path: Path | None, *kinds: str) -> ModelDescription | None:
+def _names(role: Role | None) -> set[str]:
+    """What a request may call it: its file's name, and that of the model that it was made of."""
+    if role is None:
+        return set()
+    model = role.description
+    return {model.name.lower(), model.source.rpartition("/")[2].lower()} - {""}
+
+
+def _named(path: Path | None, *kinds: str) -> ModelDescription | None:
+    """The file that a flag names. Raises ModelError."""
     if path is None:
         return None
     description = describe(GgufFile.open(path))
     if description.kind not in kinds:
-        raise ModelError(f"{path}: a {description.kind} model cannot serve this role (it takes {' or '.join(kinds)})")
+        takes = f"(it takes {' or '.join(kinds)})"
+        raise ModelError(f"{path}: a {description.kind} model cannot serve this role {takes}")
+    if description.doubt:
+        log.warning("%s: %s; it is served because a flag names it", path, description.doubt)
     return description
 
 
-def files_by_kind(folders: Iterable[Path]) -> dict[str, list[ModelDescription]]:
-    """Every servable GGUF file, folder by folder, newest first; one that is not is named in the log and left alone."""
-    found: dict[str, list[ModelDescription]] = {}
+def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
+    """Every GGUF file that takes a role by itself, folder by folder, newest first. One that does
+    not is named in the log and left alone."""
+    found = []
     for path in itertools.chain.from_iterable(map(_gguf_files, folders)):
         try:
             description = describe(GgufFile.open(path))
-        except ModelError as error:
+        except (ModelError, OSError) as error:
             log.warning("not served: %s", error)
             continue
-        found.setdefault(description.kind, []).append(description)
+        if description.doubt:
+            flag = "--gemma" if description.kind == YES_LOGIT else "--m3"
+            log.warning("not served: %s: %s (%s FILE)", path, description.doubt, flag)
+        else:
+            found.append(description)
     return found
 
 
@@ -2996,280 +3266,154 @@ def _gguf_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name))
 
 
-def newest(found: dict[str, list[ModelDescription]], kind: str) -> ModelDescription | None:
-    """The file that was made last, in the first folder that has one; a real m3 goes before other cross-encoders."""
-    candidates = sorted(found.get(kind, []), key=lambda description: "reranker-v2-" not in description.name)
-    return candidates[0] if candidates else None
+def newest(found: Sequence[ModelDescription], kind: str) -> ModelDescription | None:
+    """The file that was made last, in the first folder that has one; a real m3 goes before other
+    cross-encoders."""
+    candidates = [model for model in found if model.kind == kind]
+    return min(candidates, key=lambda model: "reranker-v2-" not in model.name, default=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Response: one writer for each contract
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Answers: one writer for each contract. Each holds the union of what its clients read, and nothing
+# that a strict one refuses.
+# --------------------------------------------------------------------------------------------------
+
+Writer = Callable[[Ranking, RerankRequest, str], Any]  # (ranking, request, path)
 
 
 def write_native(ranking: Ranking, request: RerankRequest, path: str) -> list[float]:
-    """A float for each passage, in its order. After two stages the floats of the rest are multiplied by the lowest of
-    the second stage, so that the array ranks as the stages do."""
+    """A float for each passage, in its order. After two stages the floats of the rest are
+    multiplied by the lowest of the second stage, so that the array ranks as the stages do."""
     scores = {result.index: value_of(result, request) for result in ranking.results}
     if ranking.n_llm and not request.raw_scores:
         lowest = min(result.score for result in ranking.results[: ranking.n_llm])
-        scores |= {result.index: lowest * result.score for result in ranking.results[ranking.n_llm :]}
+        rest = ranking.results[ranking.n_llm :]
+        scores |= {result.index: lowest * result.score for result in rest}
     return [scores[index] for index in range(len(request.passages))]
 
 
-def _result(result: Scored, request: RerankRequest, key: str, document: str, text: Any) -> dict[str, Any]:
-    written: dict[str, Any] = {"index": result.index, key: value_of(result, request), "model": result.model}
-    if request.return_documents:
-        written[document] = text
+def _result(
+    result: Scored, request: RerankRequest, key: str, document: tuple[str, Any] = ("", None),
+    has_more: bool = True,
+) -> dict[str, Any]:
+    """document: its key and value, for a request that wants it back. has_more: this server's own
+    words beside the contract's."""
+    written: dict[str, Any] = {"index": result.index, key: value_of(result, request)}
+    if request.return_documents and document[0]:
+        written[document[0]] = document[1]
+    if not has_more:
+        return written
+    written["model"] = result.model
     if request.ids is not None and request.ids[result.index] is not None:
         written["id"] = request.ids[result.index]
     if result.truncated:
         written["truncated"] = True
+    if result.index in request.replaced:
+        written["replaced"] = True
     if result.characters_read is not None:
         written["characters_read"] = result.characters_read
     return written
 
 
 def write_tei(ranking: Ranking, request: RerankRequest, path: str) -> list[dict[str, Any]]:
-    return [_result(result, request, "score", "text", request.passages[result.index])
-            for result in ranking.shown(request)]  # fmt: skip
+    """Elastic's parser refuses any key but index, score and text."""
+    return [
+        _result(result, request, "score", ("text", request.passages[result.index]),
+                request.asks_more)
+        for result in ranking.shown(request)
+    ]
 
 
-def write_cohere_and_jina(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    results = [_result(result, request, "relevance_score", "document", {"text": request.passages[result.index]})
-               for result in ranking.shown(request)]  # fmt: skip
-    version = "2" if path.startswith("/v2") else "1"
-    return {
-        **_envelope(ranking, "rerank"), "results": results,
-        "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1}},
-    }  # fmt: skip
+def write_jina(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    """Jina's, Cohere's and their kin's; RAGFlow's Xinference form reads meta.tokens."""
+    results = [
+        _result(result, request, "relevance_score", ("document", _document(request, result.index)))
+        for result in ranking.shown(request)
+    ]
+    meta = {
+        "api_version": {"version": "2" if "v2" in segments_of(path) else "1"},
+        "billed_units": {"search_units": 1},
+        "tokens": {"input_tokens": ranking.n_tokens, "output_tokens": 0},
+    }
+    return {**_envelope(ranking, "rerank"), "results": results, "meta": meta}
+
+
+def _document(request: RerankRequest, index: int) -> dict[str, Any]:
+    """As it was sent, with the text that was read; the id stands beside it."""
+    sent = request.documents[index] if request.documents else None
+    others = sent if isinstance(sent, dict) else {}
+    return {**others, "text": request.passages[index]}
 
 
 def write_voyage(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    data = [_result(result, request, "relevance_score", "document", request.passages[result.index])
-            for result in ranking.shown(request)]  # fmt: skip
-    return {"object": "list", "data": data, "model": ranking.model, "usage": {"total_tokens": ranking.n_tokens}}
+    """Voyage's client reads `data`; LightRAG and SGLang, which send top_k as well, `results`."""
+    data = [
+        _result(result, request, "relevance_score", ("document", request.passages[result.index]))
+        for result in ranking.shown(request)
+    ]
+    return {**write_jina(ranking, request, path), "object": "list", "data": data}
+
+
+def write_dashscope(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    jina = write_jina(ranking, request, path)
+    output = {"results": jina["results"]}
+    return {"output": output, "usage": jina["usage"], "request_id": jina["id"]}
+
+
+def write_nvidia(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    shown = ranking.shown(request)
+    return {"rankings": [{"index": result.index, "logit": result.logit} for result in shown]}
+
+
+def write_khoj(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    return {"scores": write_native(ranking, request, path)}
+
+
+def write_weaviate(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+    """In the order of the documents."""
+    scores = zip(request.passages, write_native(ranking, request, path), strict=True)
+    return {"scores": [{"document": text, "score": score} for text, score in scores]}
 
 
 def write_score(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
     in_order = sorted(ranking.results, key=lambda result: result.index)
-    data = [{**_result(result, request, "score", "document", request.passages[result.index]), "object": "score"}
-            for result in in_order]  # fmt: skip
+    data = [
+        _result(result, request, "score", ("document", request.passages[result.index]))
+        | {"object": "score"}
+        for result in in_order
+    ]
     return {**_envelope(ranking, "list"), "data": data}
 
 
 def _envelope(ranking: Ranking, kind: str) -> dict[str, Any]:
     """kind: infinity's client knows no other `object` than "rerank" for a ranking."""
     usage = {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens}
-    return {"id": f"rerank-{uuid.uuid4().hex}", "object": kind, "model": ranking.model, "usage": usage}
+    name = f"rerank-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "model": ranking.model, "usage": usage}
 
 
-_QUERY = "How long do cats sleep in a day?"
-_TEXTS = ["Cats sleep between 12 and 16 hours a day.", "A cat needs fresh water every day.", "Stocks fell on Friday."]
-_RERANK_ROUTES = ("/rerank", "/v1/rerank", "/v2/rerank", "/reranking", "/v1/reranking")
-_SCORE_ROUTES = ("/score", "/v1/score")
+CONTRACTS: dict[str, Writer] = {  # contract_of's names
+    "native": write_native, "jina": write_jina, "tei": write_tei, "voyage": write_voyage,
+    "score": write_score, "nvidia": write_nvidia, "weaviate": write_weaviate,
+    "dashscope": write_dashscope, "khoj": write_khoj,
+}
 
-_VOYAGE = {"top_k", "truncation"}
+# --------------------------------------------------------------------------------------------------
+# Application: what each endpoint does, without HTTP
+# --------------------------------------------------------------------------------------------------
 
-
-def _given(body: dict[str, Any], default: str = "") -> str:
-    """Under which key a body brings its texts; one that is null counts where there is no other."""
-    present = [name for name in ("passages", "texts", "documents") if name in body]
-    return min(present, key=lambda name: body[name] is None, default=default)
-
-
-
-CONTRACTS = (
-    Contract("score", _SCORE_ROUTES, "text_2", lambda body, path: path in _SCORE_ROUTES, _read_score_texts,
-             write_score, "vLLM's score: one text against many, or pair by pair, in input order",
-             {"text_1": _QUERY, "text_2": _TEXTS}),
-    Contract("tei", _RERANK_ROUTES, "texts", lambda body, path: _given(body) == "texts", _read_texts, write_tei,
-             "text-embeddings-inference: LlamaIndex, Haystack, Dify, RAGFlow",
-             {"query": _QUERY, "texts": _TEXTS, "return_text": True, "truncate": True}),
-    Contract("voyage", _RERANK_ROUTES, "documents",
-             lambda body, path: _given(body) == "documents" and "top_n" not in body and not _VOYAGE.isdisjoint(body),
-             _read_texts, write_voyage, "Voyage: known by its top_k or truncation",
-             {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_k": 2}),
-    Contract("jina", _RERANK_ROUTES, "documents",
-             lambda body, path: _given(body, "" if path == "/rerank" else "documents") == "documents", _read_texts,
-             write_cohere_and_jina, "Cohere v1 and v2, Jina, and OpenAI-style servers: Open WebUI, Dify, LiteLLM",
-             {"query": _QUERY, "documents": _TEXTS, "model": "m3", "top_n": 2, "return_documents": True},
-             {"query": _QUERY, "documents": _TEXTS, "use_llm": True, "llm_top_n": 2}),
-    Contract("native", _RERANK_ROUTES, "passages", lambda body, path: True, _read_texts, write_native,
-             "an array of floats, in the passages' order", {"query": _QUERY, "passages": _TEXTS, "use_llm": False}),
-)  # fmt: skip
-
-
-# -- What is here: an OpenAPI document from the tables above, and a page that shows it ---------------------------------
-
-
-def openapi_document(routes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """OpenAPI 3.1, from FIELDS and CONTRACTS, which also parse the requests."""
-    paths = {path: {method.lower(): _operation(path, method) for method in methods} for path, methods in routes.items()}
-    schemas: dict[str, Any] = {f"{contract.name}_request": _request_schema(contract) for contract in CONTRACTS}
-    schemas |= {f"{name}_response": schema for name, schema in _RESPONSE_SCHEMAS.items()}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "rerank-server", "version": __version__, "description": "Relevance scores of passages."},
-        "paths": paths,
-        "components": {
-            "schemas": {**schemas, "error": _ERROR_SCHEMA},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "only with --api-key"}},
-        },
-        "security": [{}, {"key": []}],
-    }
-
-
-def _request_schema(contract: Contract) -> Schema:
-    document = _object_schema([], text=_STRING, id={"type": ["string", "integer", "null"]})
-    text = _STRING if contract.name == "native" else {"anyOf": [_STRING, document]}
-    texts: Schema = {"type": "array", "items": text}
-    both: Schema = {"anyOf": [_STRING, texts]}
-    schema: Schema = {"type": "object", "description": contract.help, "required": []}
-    required: dict[str, Schema] = {}
-    if contract.name == "score":
-        schema["anyOf"] = [_object_schema(text_1=both, text_2=both), _object_schema(queries=both, documents=both)]
-    else:
-        required = {"query": _STRING, contract.texts: texts}
-        schema["required"] = list(required)
-    optional = {
-        field.name: _nullable(field.schema) | {"description": field.help}
-        for field in FIELDS if not field.contracts or contract.name in field.contracts
-    }  # fmt: skip
-    return {**schema, "properties": {**required, **optional}, "examples": list(contract.examples().values())}
-
-
-def _nullable(schema: Schema) -> Schema:
-    """null means: not given."""
-    enum = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
-    return {**schema, **enum, "type": [schema["type"], "null"]}
-
-
-def _object_schema(required: Sequence[str] | None = None, **properties: Any) -> Schema:
-    """An object whose properties are all required, unless `required` names those that are."""
-    return {"type": "object", "properties": properties, "required": list(properties if required is None else required)}
-
-
-def _results_schema(score: str, **document: Schema) -> Schema:
-    cut = {"truncated": {"type": "boolean"}, "characters_read": _INTEGER}
-    optional = {"id": {"type": ["string", "integer"]}, **cut, **document}
-    properties = {"index": _INTEGER, score: _NUMBER, "model": _STRING, **optional}
-    return {"type": "array", "items": _object_schema(["index", score, "model"], **properties)}
-
-
-_NUMBER, _STRING, _INTEGER = {"type": "number"}, {"type": "string"}, {"type": "integer"}
-_ERROR_SCHEMA = _object_schema(
-    error={"anyOf": [_STRING, _object_schema(["message", "type", "code"], message=_STRING, type=_STRING, code=_INTEGER,
-                                             param=_STRING)]},
-    error_type=_STRING, message=_STRING, detail=_STRING,
-)  # fmt: skip
-_USAGE = _object_schema(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
-_META = _object_schema(api_version=_object_schema(version=_STRING), billed_units=_object_schema(search_units=_INTEGER))
-_RESPONSE_SCHEMAS: dict[str, Schema] = {
-    "native": {"type": "array", "items": _NUMBER},
-    "tei": _results_schema("score", text=_STRING),
-    "jina": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE, meta=_META,
-                           results=_results_schema("relevance_score", document=_object_schema(text=_STRING))),
-    "voyage": _object_schema(object=_STRING, model=_STRING, usage=_object_schema(total_tokens=_INTEGER),
-                             data=_results_schema("relevance_score", document=_STRING)),
-    "score": _object_schema(id=_STRING, object=_STRING, model=_STRING, usage=_USAGE,
-                            data=_results_schema("score", object=_STRING, document=_STRING)),
-}  # fmt: skip
-_OBJECT = {"type": "object"}
-_ENDPOINTS = _object_schema(name=_STRING, version=_STRING, endpoints=_OBJECT)
-_PAGES = {  # what each answers, and the media type and schema of the answer
-    "/": ("a page to try it in a browser; the endpoints for a client that asks for JSON", "text/html", _STRING),
-    "/health": ("alive, and which file serves which role", "application/json",
-                _object_schema(status=_STRING, version=_STRING, models=_OBJECT, accel=_OBJECT)),
-    "/ready": ("200 when requests are served, 503 while the model loads and when the server stops", "application/json",
-               _object_schema(status=_STRING)),
-    "/metrics": ("counters and histograms for Prometheus", "text/plain", _STRING),
-    "/info": ("limits, as text-embeddings-inference gives them", "application/json",
-              _object_schema(["model_id", "model_type", "max_input_length", "max_client_batch_size"], model_id=_STRING,
-                             model_type=_object_schema(reranker=_OBJECT), max_input_length=_INTEGER,
-                             max_client_batch_size=_INTEGER)),
-    "/v1/models": ("the models that are here", "application/json",
-                   _object_schema(object=_STRING, data={"type": "array", "items": _object_schema(["id"], id=_STRING)})),
-    "/openapi.json": ("this document", "application/json", _object_schema(openapi=_STRING, paths=_OBJECT)),
-    "/docs": ("this document as a page", "text/html", _STRING),
-    "/debug/pair": ("the token ids that the model sees for one pair", "application/json",
-                    _object_schema(["ids", "pieces", "logit", "score"], ids={"type": "array", "items": _INTEGER},
-                                   pieces={"type": "array", "items": _STRING}, logit=_NUMBER, score=_NUMBER)),
-}  # fmt: skip
-_PAIR_SCHEMA = _object_schema(["query", "passage"], query=_STRING, passage=_STRING, use_llm={"type": "boolean"})
-_STATUSES = {400: "a field is wrong; the message names it", 401: "the key is missing or wrong", 404: "no such model",
-             408: "it took too long to arrive", 411: "no Content-Length", 413: "the body is too large",
-             414: "the request line is too long", 415: "the body is compressed", 417: "an unknown expectation",
-             429: "as many tokens wait as may: see Retry-After", 431: "the header is too large",
-             500: "a pair could not be scored", 501: "an unknown transfer coding",
-             503: "no model for this role, no room, or the server is stopping", 504: "the request's time is over",
-             505: "not HTTP/1"}  # fmt: skip
-
-
-def _operation(path: str, method: str) -> dict[str, Any]:
-    here = [contract for contract in CONTRACTS if path in contract.routes]
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/error"}}}
-    errors = {str(code): {"description": text, "content": error} for code, text in _STATUSES.items()}
-    operation: dict[str, Any] = {"operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}")}
-    if here:
-        operation["summary"] = "; ".join(contract.help for contract in here)
-        answer, kind = {"anyOf": [_reference(contract, "response") for contract in here]}, "application/json"
-        asked = {"anyOf": [_reference(contract, "request") for contract in here]}
-        examples = {name: {"value": value} for contract in here for name, value in contract.examples().items()}
-    else:
-        operation["summary"], kind, answer = _PAGES[path]
-        asked, examples = _PAIR_SCHEMA, {"pair": {"value": {"query": _QUERY, "passage": _TEXTS[0]}}}
-    if method == "POST":
-        body = {"application/json": {"schema": asked, "examples": examples}}
-        operation["requestBody"] = {"required": True, "content": body}
-    content = {kind: {"schema": answer}, **({"application/json": {"schema": _ENDPOINTS}} if path == "/" else {})}
-    good = {"description": "OK", "content": content}
-    possible = {code: error for code, error in errors.items() if _may_answer(path, code)}
-    return {**operation, "responses": {"200": good, **possible}}
-
-
-def _may_answer(path: str, code: str) -> bool:
-    return path not in OPEN_ROUTES or (path == "/ready" and code == "503")
-
-
-def _reference(contract: Contract, kind: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{contract.name}_{kind}"}
-
-
-def docs_page(routes: dict[str, dict[str, Any]]) -> str:
-    """The same tables as a page that needs no script and no network."""
-
-    def rows(cells: Iterable[Sequence[str]]) -> str:
-        return "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
-
-    escape = html.escape
-    fields = rows((f"<code>{field.name}</code>", escape(field.help), ", ".join(field.contracts)) for field in FIELDS)
-    pages = rows((f"<code>{path}</code>", escape(_PAGES[path][0])) for path in routes if path in _PAGES)
-    contracts = "".join(
-        f"<h3>{contract.name}</h3><p>{escape(contract.help)}. <code>POST {', '.join(contract.routes)}</code></p>"
-        + "".join(f"<pre>{escape(json.dumps(example, indent=2))}</pre>" for example in contract.examples().values())
-        for contract in reversed(CONTRACTS)
-    )  # fmt: skip
-    style = (
-        "body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}:root{color-scheme:light dark}"
-        "td{padding:.2rem 1rem .2rem 0;vertical-align:top}pre{background:#8882;padding:1rem;overflow:auto}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>rerank-server</title><style>{style}</style>'
-        f"<h1>rerank-server {__version__}</h1><table>{pages}</table><h2>Contracts</h2>{contracts}"
-        f"<h2>Optional fields</h2><table>{fields}</table></html>"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
-# ---------------------------------------------------------------------------------------------------------------------
+MAX_CLIENT_BATCH_SIZE = 10_000  # for TEI's clients, which split longer lists; any length is taken
+MAX_INDEX_HEADER_CHARACTERS = 500  # common proxies have 4 or 8 kB for all headers of an answer
+WEB = HERE / "web"
+OPEN_ENDPOINTS = ("/", "/health", "/ready")  # without a key: a browser opens a page, probes ask
 
 
 @dataclass(frozen=True)
 class Response:
+    """body: JSON, or a str of page_type."""
+
     status: int
-    body: Any  # JSON, or str for a page
+    body: Any
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     page_type: str = "text/html; charset=utf-8"
 
@@ -3278,158 +3422,227 @@ Handler = Callable[[bytes, Call], Response]
 
 
 def page_response(page: str) -> Response:
-    """A page whose own script and style run, and nothing else: neither what a text brings along nor what the network
-    has (Content Security Policy, level 3). Trusted types: not even its own script can turn a text into HTML."""
+    """A page whose own script and style run, and nothing else: neither what a text brings along nor
+    what the network has (Content Security Policy, level 3). Trusted types: not even its own script
+    can turn a text into HTML."""
     policy = (
-        f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; img-src data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src {_hashes(page, 'script')}; "
+        f"style-src {_hashes(page, 'style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
     )
     return Response(200, page, {
-        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-cache",
-    })  # fmt: skip
+        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-cache",
+    })
 
 
 def _hashes(page: str, element: str) -> str:
     """Of what is inside each such element: CSP's source list."""
     texts = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
-    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
+    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests) or "'none'"
+
+
+def index_header(indices: Iterable[int]) -> str:
+    """0-4,9,12-13; where that is too long for a header, it ends with ... and how many there are."""
+    in_order = sorted(indices)
+    runs: list[list[int]] = []
+    for index in in_order:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    parts = [f"{low}-{high}" if high > low else str(low) for low, high in runs]
+    text = ",".join(parts)
+    if len(text) <= MAX_INDEX_HEADER_CHARACTERS:
+        return text
+    whole = text[:MAX_INDEX_HEADER_CHARACTERS].rpartition(",")[0]
+    return f"{whole},...;count={len(in_order)}"
 
 
 class Application:
-    """What the routes do, without HTTP: raw body in, Response out. Any thread."""
+    """Raw body in, Response out. Any thread."""
 
-    def __init__(self, roles: Roles, settings: Settings, page: Path = PAGE_FILE) -> None:
-        self._roles, self._settings = roles, settings
-        self._page = page.read_text(encoding="utf-8") if page.is_file() else None
+    def __init__(self, roles: Roles, settings: Settings, web: Path = WEB) -> None:
+        self._roles, self._settings, self._web = roles, settings, web
         self.metrics = roles.metrics
         self.is_stopping = False
         self.routes: dict[str, dict[str, Handler]] = {
-            path: {"POST": functools.partial(self.rerank, path=path)}  # the list of routes is the contracts'
-            for path in dict.fromkeys(route for contract in CONTRACTS for route in contract.routes)
+            RERANK: {"POST": self.rerank}, SCORE: {"POST": self.rerank}, "/": {"GET": self.page},
+            "/health": {"GET": self.health}, "/ready": {"GET": self.ready},
+            "/metrics": {"GET": self.metrics_page}, "/info": {"GET": self.info},
+            "/v1/models": {"GET": self.models}, "/openapi.json": {"GET": self.openapi},
+            "/docs": {"GET": self.docs},
         }
-        pages = {"/": self.page, "/health": self.health, "/ready": self.ready, "/metrics": self.metrics_page,
-                 "/info": self.info, "/v1/models": self.models,
-                 "/openapi.json": self.openapi, "/docs": self.docs}  # fmt: skip
-        self.routes |= {path: {"GET": page} for path, page in pages.items()}
-        if settings.debug:
-            self.routes["/debug/pair"] = {"POST": self.debug_pair}
 
-    def rerank(self, raw: bytes, call: Call, path: str = "/rerank") -> Response:
-        request, contract = RerankRequest.parse(raw, path)
+    def rerank(self, raw: bytes, call: Call) -> Response:
+        request, contract = RerankRequest.parse(raw, call.path)
         ranking = self.rank(request, call)
         files = dict.fromkeys((ranking.file, *(result.model for result in ranking.results)))
-        headers = {"X-Rerank-Model": ",".join(map(urllib.parse.quote, files))}  # a header holds no other alphabet
-        if truncated := sorted(result.index for result in ranking.results if result.truncated):
-            headers["X-Rerank-Truncated"] = ",".join(map(str, truncated))
-        return Response(200, contract.write(ranking, request, path), headers)
+        # A header holds no other alphabet.
+        headers = {"X-Rerank-Model": ",".join(map(urllib.parse.quote, files))}
+        truncated = [result.index for result in ranking.results if result.truncated]
+        if truncated:
+            headers["X-Rerank-Truncated"] = index_header(truncated)
+        if request.replaced:
+            headers["X-Rerank-Replaced"] = index_header(request.replaced)
+        answer = CONTRACTS[contract](ranking, request, call.path)
+        return Response(200, answer, headers)
 
     def rank(self, request: RerankRequest, call: Call | None = None) -> Ranking:
-        """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, and those come first."""
+        """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, and those
+        come first."""
         call = call or Call()
         call.request = request
         call.timeout_s = min(call.timeout_s, request.timeout_s, self._settings.max_timeout_s)
         role = self._roles.select(request, self._settings.strict_model)
+        self.metrics.replaced_passages.labels(role.name).inc(len(request.replaced))
         if role is not self._roles.m3 and request.llm_top_n is not None:
             return self._rank_in_two_stages(request, request.llm_top_n, role, call)
         results = best_first(role.score(request, range(len(request.passages)), call))
-        n_tokens = sum(result.n_tokens for result in results)
-        return Ranking(tuple(results), self._shown(request, role), role.description.name, n_tokens)
+        return self._ranking(results, role, request)
 
-    def _rank_in_two_stages(self, request: RerankRequest, n: int, role: Role, call: Call) -> Ranking:
-        with role.admit(request, n) as group:  # now: not a refusal when the first stage is done
-            first = best_first(self._roles.m3.score(request, range(len(request.passages)), call))
-            second = best_first(role.score(request, [result.index for result in first[:n]], call, group))
-        n_tokens = sum(result.n_tokens for result in (*first, *second))
-        results = (*second, *first[n:])
-        return Ranking(results, self._shown(request, role), role.description.name, n_tokens, n_llm=len(second))
+    def _rank_in_two_stages(
+        self, request: RerankRequest, n: int, role: Role, call: Call
+    ) -> Ranking:
+        # Admitted now: not a refusal when the first stage is done.
+        with role.admit(request, n) as job:
+            everything = range(len(request.passages))
+            first = best_first(self._roles.m3.score(request, everything, call))
+            best = [result.index for result in first[:n]]
+            second = best_first(role.score(request, best, call, job))
+        ranking = self._ranking([*second, *first[n:]], role, request)
+        n_tokens = ranking.n_tokens + sum(result.n_tokens for result in first[:n])
+        return dataclasses.replace(ranking, n_tokens=n_tokens, n_llm=len(second))
 
     @staticmethod
-    def _shown(request: RerankRequest, role: Role) -> str:
-        return request.model or role.description.name
+    def _ranking(results: Sequence[Scored], role: Role, request: RerankRequest) -> Ranking:
+        file = role.description.name
+        n_tokens = sum(result.n_tokens for result in results)
+        return Ranking(tuple(results), request.model or file, file, n_tokens)
 
     def page(self, raw: bytes, call: Call) -> Response:
-        """A page for people. The endpoints for a client that asks for JSON, and where there is no such file."""
+        """A page for people. The endpoints for a client that asks for JSON, and where there is no
+        such file."""
         wants_json = "application/json" in call.accept and "text/html" not in call.accept
-        if self._page is not None and not wants_json:
-            return page_response(self._page)
-        endpoints = {f"{method} {path}": _operation(path, method)["summary"]
-                     for path, methods in self.routes.items() for method in methods}  # fmt: skip
-        return Response(200, {"name": "rerank-server", "version": __version__, "endpoints": endpoints})
+        if not wants_json and (self._web / "index.html").is_file():
+            return page_response(self._file("index.html"))
+        endpoints = [
+            f"{method} {path}" for path, methods in self.routes.items() for method in methods
+        ]
+        named = {"name": "rerank-server", "version": __version__}
+        return Response(200, {**named, "endpoints": endpoints})
+
+    def _file(self, name: str) -> str:
+        """Of web/. Raises HttpError: rerank_server.py was copied alone."""
+        try:
+            return (self._web / name).read_text(encoding="utf-8")
+        except OSError:
+            raise HttpError(f"there is no web/{name} beside rerank_server.py", 404) from None
 
     def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
         models |= {role.name: self._model_state(role) for role in self._roles.all()}
         tuning = self._settings.tuning
         accel = {"used": tuning.accel, "reason": tuning.accel_reason, "bytes": accel_bytes()}
-        return Response(200, {"status": "ok", "version": __version__, "models": models, "accel": accel})
+        state = {"status": "ok", "version": __version__, "models": models, "accel": accel}
+        return Response(200, state)
 
     def ready(self, raw: bytes, call: Call) -> Response:
         """Whether a load balancer should send requests. Raises UnavailableError."""
         if self.is_stopping:
             raise UnavailableError("the server is stopping")
-        if not self._roles.m3.loaded:
-            raise UnavailableError("the model is still loading")
+        if not self._roles.m3.is_loaded():
+            raise UnavailableError("the model is not loaded")
         return Response(200, {"status": "ready"})
 
     def metrics_page(self, raw: bytes, call: Call) -> Response:
         return Response(200, self.metrics.text(), page_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     def _model_state(self, role: Role) -> dict[str, Any]:
-        description = role.description
+        model = role.description
         return {
-            "file": description.path.name, "kind": description.kind, "architecture": description.architecture,
-            "quantization": description.quantization, "file_bytes": description.file_bytes,
-            "max_length": description.max_length(self._settings), "loaded": role.loaded,
+            "file": model.path.name, "source": model.source, "kind": model.kind,
+            "architecture": model.architecture, "quantization": model.quantization,
+            "file_bytes": model.file_bytes, "max_length": model.max_length(self._settings),
             "is_fallback": role.name == "m3" and self._roles.is_fallback,
-            "cache": {"entries": len(role.cache), "hits": role.cache.hits, "misses": role.cache.misses},
-        }  # fmt: skip
+            "loaded": role.is_loaded(), **role.state(),
+        }
 
     def info(self, raw: bytes, call: Call) -> Response:
         """TEI's GET /info, which its clients ask first, and every limit of this server."""
-        labels, model = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}, self._roles.m3.description
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        model, settings = self._roles.m3.description, self._settings
         return Response(200, {
-            "model_id": model.source or model.name, "model_sha": None, "model_dtype": model.quantization,
-            "model_type": {"reranker": labels}, "max_concurrent_requests": _MANY,
-            "max_input_length": model.max_length(self._settings), "max_batch_tokens": self._settings.tuning.ubatch,
+            "model_id": model.source or model.name, "model_sha": None,
+            "model_dtype": model.quantization, "model_type": {"reranker": labels},
+            "max_concurrent_requests": MANY, "max_input_length": model.max_length(settings),
+            "max_batch_tokens": settings.tuning.ubatch,
             "max_client_batch_size": MAX_CLIENT_BATCH_SIZE, "auto_truncate": True,
-            "max_body_bytes": self._settings.max_body_mb * 1_000_000,
-            "tokenization_workers": self._settings.tuning.threads, "version": __version__,
-        })  # fmt: skip
+            "max_body_bytes": settings.max_body_mb * 1_000_000,
+            "tokenization_workers": settings.tuning.threads, "version": __version__,
+        })
 
     def models(self, raw: bytes, call: Call) -> Response:
-        """OpenAI's list of models: one for each role that has a file."""
-        return Response(200, {"object": "list", "data": [
-            {"id": role.description.name, "object": "model", "created": 0, "owned_by": role.description.source,
-             "role": role.name, **self._model_state(role)}
-            for role in self._roles.all()
-        ]})  # fmt: skip
+        """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: one of
+        them. Raises ModelNotFoundError."""
+        listed = [self._listed(role) for role in self._roles.all()]
+        _, _, name = call.path.strip("/").partition("models/")
+        if not name:
+            return Response(200, {"object": "list", "data": listed})
+        asked = RerankRequest((), (), model=urllib.parse.unquote(name))
+        role = self._roles.select(asked, strict=True)
+        return Response(200, {**self._listed(role), "id": asked.model})
+
+    def _listed(self, role: Role) -> dict[str, Any]:
+        """model_type: what Xinference's clients look at."""
+        model = role.description
+        named = {"id": model.name, "object": "model", "created": 0, "owned_by": model.source}
+        return {**named, "model_type": "rerank", "role": role.name, **self._model_state(role)}
 
     def openapi(self, raw: bytes, call: Call) -> Response:
-        return Response(200, openapi_document(self.routes))
+        return Response(200, self._file("openapi.json"), page_type="application/json")
 
     def docs(self, raw: bytes, call: Call) -> Response:
-        return page_response(docs_page(self.routes))
-
-    def debug_pair(self, raw: bytes, call: Call) -> Response:
-        """One pair as the model sees it: {query, passage, use_llm} -> pieces, ids, where it was cut, logit, score."""
-        body = parse_json_object(raw)
-        query, passage = _text(body.get("query"), "query", body), _text(body.get("passage"), "passage", body)
-        request = RerankRequest((query,), (passage,), _boolean(body.get("use_llm"), "use_llm"))
-        role = self._roles.select(request, strict=False)
-        with role.engine(call) as engine:
-            ((pair,),) = pairs_of(request, engine.pairs, [0])
-            (logit,) = role.logits([pair], call)
-            sequences = {"ids": pair.ids, **({"query_ids": pair.query_ids} if pair.query_ids else {})}
-            pieces = {name.replace("ids", "pieces"): engine.pieces(ids) for name, ids in sequences.items()}
-        return Response(200, {
-            "model": role.description.name, **sequences, **pieces, "passage_start": pair.passage_start,
-            "n_dropped": pair.n_dropped, "logit": logit, "score": role.calibration.score(logit),
-        })  # fmt: skip
+        return page_response(self._file("docs.html"))
 
 
+
+class HttpError(RequestError):
+    status, error_type = 400, "invalid_http"
+
+    def __init__(self, message, status=400, headers=None):
+        super().__init__(message, headers=headers)
+        self.status = status
+        self.error_type = {404: "not_found", 401: "unauthorized", 405: "method_not_allowed", 411: "length_required", 413: "payload_too_large"}.get(status, "invalid_http")
+
+def _he(st):
+    class E(HttpError):
+        def __init__(self, message="", *a, headers=None):
+            super().__init__(message, st, headers)
+    return E
+NotFoundError=_he(404); MethodError=_he(405); LengthError=_he(411); TooLargeError=_he(413); RequestTimeoutError=_he(408); TargetTooLongError=_he(414); ExpectationError=_he(417); HeadersTooLargeError=_he(431); TransferCodingError=_he(501); VersionError=_he(505)
+class ContentCodingError(HttpError):
+    def __init__(self, coding):
+        super().__init__(f"bodies are read as they are, not with Content-Encoding {coding[:40]!r}: send the JSON itself", 415, {"Accept-Encoding": "identity"})
+class UnauthorizedError(HttpError):
+    def __init__(self):
+        super().__init__("the Authorization header must be: Bearer KEY, with a key of this server", 401, {"WWW-Authenticate": "Bearer"})
+MAX_REQUEST_LINE_BYTES = 8192
+MAX_HEADER_BYTES = 32768
+MAX_HEADERS = 100
+MAX_CHUNK_LINE_BYTES = 256
+MIN_BODY_BYTES_PER_S = 10_000
+RECEIVE_BYTES = 1 << 16
+CUT_OFF_S = 1.0
+MAX_UNAUTHORIZED_BODY_BYTES = 1_000_000
+SEND_TIMEOUT_S = 30
+LINGER_S = 2.0
+PREFLIGHT_AGE_S = 600
+ACCEPT_PAUSE_S = 0.05
+MAX_TURNED_AWAY = 64
 class RerankServer(socketserver.ThreadingTCPServer):
     """One thread for each connection, and at most --max-connections of them.
 
@@ -3486,7 +3699,7 @@ class RerankServer(socketserver.ThreadingTCPServer):
         self._close_turned_away(keep=MAX_TURNED_AWAY - 1)
         with contextlib.suppress(OSError):
             connection.setblocking(False)
-            if self.settings.tls_context is None:  # a handshake would have to be waited for
+            if tls_context(self.settings) is None:  # a handshake would have to be waited for
                 connection.send(_message(_refusal(BusyError("all connections are in use")), is_last=True))
             connection.shutdown(socket.SHUT_WR)
         self._turned_away.append((time.monotonic() + LINGER_S, connection))
@@ -3856,7 +4069,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if (context := self.server.settings.tls_context) is not None:
+        if (context := tls_context(self.server.settings)) is not None:
             self.connection = context.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
         self._reader = RequestReader(self.connection, self.server.settings, self.server.bodies)
 
@@ -3911,14 +4124,15 @@ class RerankHandler(socketserver.BaseRequestHandler):
             self._linger()
 
     def _refuse(self, error: RequestError) -> Response:
-        return _refusal(error, is_tei=_TEI_KEY.search(self._raw) is not None)
+        return _refusal(error, is_tei=ERRORS_AS_TEXT.search(self._raw) is not None)
 
     def _respond(self) -> Response:
         head = self._head = self._reader.read_head()
         self._is_last, self._is_unread = head.is_last, head.has_body
         self._hang_up.version = head.version
         handler = self._handler_of(head)
-        is_authorized = head.path in OPEN_ROUTES or head.method == "OPTIONS" or self._has_key(head)
+        self._call.path = head.path
+        is_authorized = endpoint_of(head.method, head.path) in OPEN_ENDPOINTS or head.method == "OPTIONS" or self._has_key(head)
         if not is_authorized and (head.expects_continue or (head.length or 0) > MAX_UNAUTHORIZED_BODY_BYTES):
             raise UnauthorizedError()
         self._raw = self._read_body(head)
@@ -3928,10 +4142,10 @@ class RerankHandler(socketserver.BaseRequestHandler):
         return handler(self._raw, self._call)
 
     def _handler_of(self, head: Head) -> Handler:
-        methods = self.server.application.routes.get(head.path, {})
+        methods = self.server.application.routes.get(endpoint_of(head.method, head.path) or "", {})
+        if "POST" not in methods and head.path == "/": methods = {**methods, "POST": self.server.application.rerank}
         if not methods and head.path != "*":
-            known = ", ".join(self.server.application.routes)
-            raise NotFoundError(f"there is no {head.path[:200]!r} here; the endpoints are {known}")
+            raise NotFoundError(f"there is no {head.path[:200]!r} here; a client's base URL is http://HOST:PORT or http://HOST:PORT/v1")
         allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
         if head.method == "OPTIONS":
             return lambda raw, call: Response(204, None, {"Allow": allowed})
@@ -3944,7 +4158,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
         """True where none is asked for. Compares with every key, so that the time does not tell which one was near."""
         scheme, _, given = head.fields.get("authorization", "").partition(" ")
         digest = hashlib.sha256(given.strip().encode()).digest()
-        keys = self.server.settings.api_key_digests
+        keys = api_key_digests(self.server.settings)
         is_one_of_them = sum(hmac.compare_digest(digest, key) for key in keys) > 0
         return not keys or (is_one_of_them and scheme.lower() == "bearer")
 
@@ -3968,7 +4182,7 @@ class RerankHandler(socketserver.BaseRequestHandler):
 
     def _cross_origin_headers(self, response: Response) -> dict[str, str]:
         """What tells a browser that a page of an allowed origin may ask, and read the answer (Fetch standard, 3.3)."""
-        allowed, origin = self.server.settings.allowed_origins, self._head.fields.get("origin", "")
+        allowed, origin = allowed_origins(self.server.settings), self._head.fields.get("origin", "")
         if not allowed:
             return {}
         headers = {"Vary": "Origin"}
@@ -4002,9 +4216,9 @@ class RerankHandler(socketserver.BaseRequestHandler):
     def _record(self, status: int) -> None:
         """One line in the log, and the metrics."""
         application, head, call = self.server.application, self._head, self._call
-        route = head.path if head.path in application.routes else "other"
-        application.metrics("requests", route, str(status)).inc()
-        application.metrics("request_seconds", route).observe(call.seconds)
+        route = endpoint_of(head.method, head.path) or "other"
+        application.metrics.requests.labels(route, str(status)).inc()
+        application.metrics.request_seconds.labels(route).observe(call.seconds)
         fields: dict[str, Any] = {
             "id": self._request_id(), "method": head.method or "?", "path": head.path[:200], "status": status,
             "pairs": call.n_pairs, "tokens": call.n_tokens,
@@ -4044,46 +4258,150 @@ def _message(response: Response, is_last: bool, has_payload: bool = True) -> byt
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (payload if has_payload else b"")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def api_key_digests(settings):
+    keys = {"--api-key": settings.api_key} if settings.api_key else {}
+    if settings.api_key_file:
+        path = settings.api_key_file
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
+        numbered = {f"--api-key-file: {path}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
+        found = {place: line for place, line in numbered.items() if line and not line.startswith("#")}
+        if not found:
+            raise SettingsError(f"--api-key-file: {path} holds no key")
+        keys |= found
+    for source, key in keys.items():
+        if not re.fullmatch(r"[!-~]+", key):
+            raise SettingsError(f"{source}: a key holds visible ASCII characters only, and no spaces")
+    return [hashlib.sha256(key.encode()).digest() for key in keys.values()]
+
+
+@functools.cache
+def allowed_origins(settings):
+    origins = frozenset(origin.strip() for origin in settings.cors_origins.split(",") if origin.strip())
+    for origin in origins:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
+            raise SettingsError(f"--cors-origins: {origin!r} is no origin; they look like https://app.example.com")
+    return origins
+
+
+@functools.cache
+def tls_context(settings):
+    if settings.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
+        files = f"--tls-cert {settings.tls_cert}, --tls-key {settings.tls_key}"
+        raise SettingsError(f"{files}: no PEM certificate with its unencrypted key: {error}") from None
+    return context
+
+# --------------------------------------------------------------------------------------------------
 # Start, check, stop
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+SPARE_FILES = 128  # beside those of connections: models, logs, connections that are turned away
+HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for
 
 
 def start_report(roles: Roles, settings: Settings, address: str) -> str:
-    """What a person wants to know before the first request: files, limits, address, and a line to try."""
-    lines = [f"rerank-server {__version__} (llama-cpp-python {llama_cpp.__version__})", ""]
+    """What a person wants to know before the first request: files, limits, address, and a line to
+    try."""
+    lines = [f"rerank-server {__version__} (llama-cpp-python {llama_version()})", ""]
     lines += _role_lines("use_llm false", roles.m3, settings)
     if roles.is_fallback:
-        lines += ["    no m3 file found, so the small English model serves this role", _better("m3")]
+        lines += ["    no m3 file found, so the small English model serves this role"]
+        lines += [f"    to get m3: {MODEL_COMMANDS['m3']}"]
     if roles.gemma:
         lines += _role_lines("use_llm true ", roles.gemma, settings)
         lines += ["    loaded on first use"]
     else:
-        lines += ["  use_llm true   no model: answers 503", _better("gemma")]
-    example = '{"query": "capital of France?", "passages": ["Paris is the capital of France.", "I like cheese."]}'
+        lines += ["  use_llm true   no model: answers 503"]
+        lines += [f"    to get gemma: {MODEL_COMMANDS['gemma']}"]
+    lines += [f"  {line}" for line in unconverted(settings.model_folders)]
+    if not WEB.is_dir():
+        lines += [f"  no {WEB.name}/ beside rerank_server.py: no page, no /docs"]
+    example = json.dumps({
+        "query": "capital of France?",
+        "passages": ["Paris is the capital of France.", "I like cheese."],
+    })
     lines += [
         "", f"  {settings.tuning}",
-        f"  pairs of at most {settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB",
+        f"  pairs of at most {settings.max_length} tokens, bodies of at most "
+        f"{settings.max_body_mb} MB",
         f"  listening on {address}", "", "  open it in a browser, or try it here:",
         f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
 def _role_lines(title: str, role: Role, settings: Settings) -> list[str]:
-    model = role.description
+    model, state = role.description, role.state()
     lines = [
         f"  {title}  {os.path.relpath(model.path)}",
-        f"    {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB, "
-        f"at most {model.max_length(settings):,} tokens",
+        f"    {model.kind}, {model.architecture}, {model.quantization}, "
+        f"{model.file_bytes / 1e6:,.0f} MB, at most {model.max_length(settings):,} tokens",
     ]
+    if state.get("arithmetic"):
+        lines.append(f"    computed by: {state['arithmetic']}")
+    if model.source:
+        lines.append(f"    made of {model.source}")
     if role.calibration != Calibration():
-        lines.append(f"    calibrated: sigmoid({role.calibration.scale:.4g} x logit {role.calibration.bias:+.4g})")
-    return lines + [f"    set right while loading: {key} = {_FIXED_VALUES[key]}" for key in model.fixes]
+        scale, bias = role.calibration.scale, role.calibration.bias
+        lines.append(f"    calibrated: sigmoid({scale:.4g} x logit {bias:+.4g})")
+    return lines + _fix_lines(model, "    ")
 
 
-def _better(name: str) -> str:
-    return f"    to get {name}: {MODEL_COMMANDS[name]}"
+def _fix_lines(model: ModelDescription, indent: str) -> list[str]:
+    fixes = [f"{key} = {FIXED_VALUES[key]}" for key in model.fixes]
+    return [f"{indent}set right while loading: {fix}" for fix in fixes]
+
+
+def unconverted(folders: Iterable[Path]) -> list[str]:
+    """A line with the command for each reranker's checkpoint in the models folders that no GGUF
+    file was made of yet, and for a clone that holds only git-lfs's pointers."""
+    lines = []
+    for folder in folders:
+        for config in sorted(folder.glob("*/config.json")):
+            checkpoint = config.parent
+            if any(folder.glob(f"{checkpoint.name}-*.gguf")) or not _is_reranker(config):
+                continue
+            where = os.path.relpath(checkpoint)
+            if any(map(_is_lfs_pointer, checkpoint.glob("*.safetensors"))):
+                lines.append(f"{where} holds git-lfs pointers: cd {where} && git lfs pull")
+            else:
+                lines.append(f"{where} is not converted yet: .venv/bin/python -m convert {where}")
+    return lines
+
+
+def _is_reranker(config: Path) -> bool:
+    try:
+        architectures = json.loads(config.read_bytes()).get("architectures") or [""]
+        return "ForSequenceClassification" in architectures[0] or "rerank" in config.parent.name
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return False
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(30).startswith(b"version https://git-lfs")
+    return False
+
+
+def address_of(server: RerankServer, settings: Settings) -> str:
+    """The URL for a client on this machine."""
+    host, port = server.server_address[:2]
+    named = {"0.0.0.0": "127.0.0.1"}.get(str(host), str(host))
+    scheme = "https" if settings.tls_cert else "http"
+    return f"{scheme}://{f'[{named}]' if ':' in named else named}:{port}"
 
 
 def serve(settings: Settings) -> int:
@@ -4092,19 +4410,21 @@ def serve(settings: Settings) -> int:
     _allow_files(settings.max_connections)
     _bound_heaps()
     roles = Roles.find(settings)
+    application = Application(roles, settings)
     try:
-        server = RerankServer(Application(roles, settings), settings)
+        server = RerankServer(application, settings)
     except OSError as error:
-        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
-    host, port = server.server_address[0], server.server_address[1]
-    scheme = "https" if settings.tls_context else "http"
-    host = f"[{host!s}]" if ":" in str(host) else {"0.0.0.0": "127.0.0.1"}.get(str(host), str(host))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="accept", daemon=True).start()
-    loading = roles.m3.start()  # those who ask meanwhile wait for it, and GET /ready says 503
+        place = f"{settings.host}:{settings.port}"
+        raise SettingsError(f"cannot listen on {place}: {error.strerror}") from None
+    # m3 is loaded before anything is read from a client: while it is, nothing else may run in this
+    # process (see _given_back_while_written). Connections wait in the kernel.
+    loading = roles.m3.start(is_alone=True)
     loading.add_done_callback(lambda _: stop.wake())
     if not stop.wait():
         loading.result()
-        print(start_report(roles, settings, f"{scheme}://{host}:{port}"), flush=True)
+        accept = functools.partial(server.serve_forever, poll_interval=0.1)
+        threading.Thread(target=accept, name="accept", daemon=True).start()
+        print(start_report(roles, settings, address_of(server, settings)), flush=True)
         stop.wait()
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
     if not server.drain(settings.drain_s):
@@ -4117,8 +4437,9 @@ def serve(settings: Settings) -> int:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT. The kernel may give them to any thread (one that is just being started, say), and that does
-    not wake a main thread which waits for a lock. So the main thread reads what the C handler writes, in any thread."""
+    """SIGTERM and SIGINT. The kernel may give them to any thread, and that does not wake a main
+    thread which waits for a lock. So the main thread reads what the C handler writes, in any
+    thread; and a handler that does nothing may be interrupted by itself."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -4140,18 +4461,21 @@ _WAKE = b"\0"  # no signal has this number
 
 
 def _allow_files(max_connections: int) -> None:
-    """Raises SettingsError when this process may not open that many connections, and what else it needs."""
+    """Raises SettingsError when this process may not open that many connections, and what else it
+    needs."""
     needed = max_connections + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise SettingsError(f"--max-connections {max_connections} needs {needed} open files: `ulimit -Hn` says {hard}")
+        what = f"needs {needed} open files: `ulimit -Hn` says {hard}"
+        raise SettingsError(f"--max-connections {max_connections} {what}")
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _bound_heaps() -> None:
-    """glibc gives its threads up to eight heaps for each core, and what was freed in one is of no use to another: under
-    64 clients 110 MB became 174 in 80 s, and with two heaps 117. Python's threads allocate in turns anyway."""
+    """glibc gives its threads up to eight heaps for each core, and what was freed in one is of no
+    use to another: under 64 clients 110 MB became 174 in 80 s, and with two heaps 117. Python's
+    threads allocate in turns anyway."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
@@ -4160,64 +4484,89 @@ _M_ARENA_MAX = -8  # malloc.h
 
 
 def check(path: Path, pairs: str | None, settings: Settings) -> int:
-    """--check: opens a file as the server would and says what it is; with pairs, scores them (one JSON line each)."""
-    engine = load_engine(path, settings)
+    """--check: opens a file as the server would and says what it is; with pairs, scores them (one
+    JSON line each)."""
+    engine = load_engine(path, settings, is_alone=True)
     try:
-        if pairs is not None:
-            with contextlib.nullcontext(sys.stdin) if pairs == "-" else Path(pairs).open(encoding="utf-8") as lines:
-                return _score_lines(engine, lines)
-        print(f"{path}: good\n" + "\n".join(_check_lines(engine)))
+        if pairs is None:
+            print(f"{path}: good\n" + "\n".join(_check_lines(engine)))
+        elif pairs == "-":
+            _score_lines(engine, sys.stdin)
+        else:
+            with Path(pairs).open(encoding="utf-8") as lines:
+                _score_lines(engine, lines)
         return 0
     finally:
         engine.close()
 
 
-def _check_lines(engine: LlamaEngine) -> Iterator[str]:
+def _check_lines(engine: Engine) -> Iterator[str]:
     model = engine.description
-    yield f"  {model.kind}, {model.architecture}, {model.quantization}, {model.file_bytes / 1e6:,.0f} MB"
+    size = f"{model.file_bytes / 1e6:,.0f} MB"
+    yield f"  {model.kind}, {model.architecture}, {model.quantization}, {size}"
     yield f"  source {model.source or 'unknown'}, at most {model.max_tokens:,} tokens"
-    for key in model.fixes:
-        yield f"  set right while loading: {key} = {_FIXED_VALUES[key]}"
-    passages = ["Paris is the capital of France.", "I like cheese."]
-    logits = engine.score(engine.pairs.make("What is the capital of France?", passages))
-    for passage, logit in zip(passages, logits, strict=True):
-        yield f"  'What is the capital of France?' / {passage!r}: {sigmoid(logit):.4f}"
+    yield f"  computed by: {engine.arithmetic}"
+    if model.doubt:
+        yield f"  {model.doubt}: it serves a role only when a flag names it"
+    if model.kind == YES_LOGIT:
+        for name, text in dataclasses.asdict(model.prompt).items():
+            yield f"  {name} {text!r}"
+    yield from _fix_lines(model, "  ")
+    query, passages = "What is the capital of France?", ["Paris is the capital of France.",
+                                                         "I like cheese."]
+    for passage, logit in zip(
+        passages, score_all(engine, engine.pairs.make(query, passages)), strict=True
+    ):
+        yield f"  {query!r} / {passage!r}: {sigmoid(logit):.4f}"
 
 
-def _score_lines(engine: LlamaEngine, lines: Iterable[str]) -> int:
+def _score_lines(engine: Engine, lines: Iterable[str]) -> None:
     pairs: list[Pair] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            body = parse_json_object(line.encode("utf-8", "surrogatepass"))
-            query, passage = _text(body.get("query"), "query", body), _text(body.get("passage"), "passage", body)
-        except BadRequestError as error:
-            raise ModelError(f"--pairs, line {number}: {error.message}") from None
-        pairs += engine.pairs.make(query, [passage], body.get("max_length"))
+        if line.strip():
+            try:
+                pairs.append(_line_pair(engine, line))
+            except BadRequestError as error:
+                raise ModelError(f"--pairs, line {number}: {error.message}") from None
     started = time.perf_counter()
-    logits = engine.score(pairs)
+    logits = score_all(engine, pairs)
     seconds = time.perf_counter() - started
     for pair, logit in zip(pairs, logits, strict=True):
-        print(json.dumps({"ids": pair.ids, "passage_start": pair.passage_start, "truncated": pair.truncated,
-                          "logit": logit, "score": sigmoid(logit)}))  # fmt: skip
+        print(json.dumps(_shown_pair(engine, pair, logit)))
     print(json.dumps({"summary": {
-        "kind": engine.kind, "quantization": engine.description.quantization, "n_pairs": len(pairs),
-        "n_tokens": sum(len(pair.ids) for pair in pairs), "seconds": seconds, "rss_bytes": resident_bytes(),
-    }}))  # fmt: skip
-    return 0
+        "kind": engine.description.kind, "quantization": engine.description.quantization,
+        "arithmetic": engine.arithmetic, "n_pairs": len(pairs),
+        "n_tokens": sum(len(pair.ids) for pair in pairs), "seconds": seconds,
+        "rss_bytes": resident_bytes(),
+    }}))
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux; elsewhere 0)."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
+def _line_pair(engine: Engine, line: str) -> Pair:
+    """Raises BadRequestError."""
+    body = parse_json_object(line.encode("utf-8", "surrogatepass"))
+    for name in ("query", "passage"):
+        if name not in body:
+            raise BadRequestError(_expected(name, "a string", body), name)
+    query, passage = (_text_of(body[name], name) for name in ("query", "passage"))
+    (pair,) = engine.pairs.make(query, [passage], Cut(max_length=body.get("max_length")))
+    return pair
+
+
+def _shown_pair(engine: Engine, pair: Pair, logit: float) -> dict[str, Any]:
+    """What the model sees of a pair, and what it says."""
+    shown: dict[str, Any] = {"ids": list(pair.ids), "pieces": engine.pieces(pair.ids)}
+    if pair.query_ids:
+        query_ids = list(pair.query_ids)
+        shown |= {"query_ids": query_ids, "query_pieces": engine.pieces(query_ids)}
+    cut = {"passage_start": pair.passage_start, "n_dropped": pair.n_dropped}
+    scored = {"truncated": pair.truncated, "logit": logit, "score": sigmoid(logit)}
+    return {**shown, **cut, **scored}
 
 
 class LogFormatter(logging.Formatter):
     """A record, and the `fields` that it brings, in one line: text (name=value) or JSON."""
+
+    IN_MESSAGE = ("method", "path", "status")
 
     def __init__(self, kind: str) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
@@ -4225,27 +4574,37 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = getattr(record, "fields", {})
-        if not self._is_json:
-            values = (json.dumps(value, ensure_ascii=False) if isinstance(value, tuple) else value
-                      for value in fields.values())  # fmt: skip
-            named = zip(fields, values, strict=True)
-            return " ".join([super().format(record), *(f"{k}={v}" for k, v in named if k not in _IN_MESSAGE)])
-        time_utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        text = record.getMessage() + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
-        return json.dumps({"time": time_utc, "level": record.levelname.lower(), "message": text, **fields})
+        if self._is_json:
+            return self._json(record, fields)
+        words = [super().format(record)]
+        for name, value in fields.items():
+            if name not in self.IN_MESSAGE:
+                is_list = isinstance(value, tuple)
+                words.append(f"{name}={json.dumps(value, ensure_ascii=False) if is_list else value}")
+        return " ".join(words)
 
-
-_IN_MESSAGE = ("method", "path", "status")
+    def _json(self, record: logging.LogRecord, fields: dict[str, Any]) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        text = record.getMessage()
+        if record.exc_info:
+            text += f"\n{self.formatException(record.exc_info)}"
+        named = {"time": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        return json.dumps({**named, "message": text, **fields})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped as asked, 1 a model cannot be served, 2 a setting is wrong."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
     arguments = settings_parser().parse_args(argv)
     try:
         settings = read_settings(arguments, dict(os.environ))
         logging.getLogger().handlers[0].setFormatter(LogFormatter(settings.log_format))
-        return check(arguments.check, arguments.pairs, settings) if arguments.check else serve(settings)
+        if arguments.check:
+            return check(arguments.check, arguments.pairs, settings)
+        return serve(settings)
     except (SettingsError, ModelError, EngineError, OSError) as error:
         print(f"rerank_server.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

@@ -66,7 +66,7 @@ def of_peer(python: Path, recipe: str, checkpoint: Path, requests: Sequence[Requ
 def of_file(file: Path, requests: Sequence[Request], mode: dict[str, Any]) -> Logits:
     """Raises rerank_server.ModelError and EngineError."""
     engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, **mode))
-    lists = [engine.score(engine.pairs.make(request.query, request.passages)) for request in requests]
+    lists = [rerank_server.score_all(engine, engine.pairs.make(request.query, request.passages)) for request in requests]
     engine.close()
     return np.concatenate(lists)
 

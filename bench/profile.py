@@ -186,7 +186,7 @@ def profile(
     pairs = sorted(engine.pairs.make(request.query, request.passages), key=lambda pair: -pair.n_new)
     runs = []
     for _ in range(n_runs + 1):
-        engine.score(pairs)
+        rerank_server.score_all(engine, pairs)
         runs.append(profiler.take())
     engine.close()
     ordered = sorted(runs[1:], key=lambda costs: sum(cost.seconds for cost in costs.values()))

@@ -61,7 +61,7 @@ class Variant:
         if self.name == NO_SHARED_PREFIX:
             pairs = [dataclasses.replace(pair, n_shared=0) for pair in pairs]
         started = time.perf_counter()
-        self._engine.score(pairs)
+        rerank_server.score_all(self._engine, pairs)
         self.speeds.append(sum(len(pair.ids) for pair in pairs) / (time.perf_counter() - started))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster.inputs import BadRow, InputError, Part, Row, Source
 from cluster.settings import Values, actor_settings, find_role
-from rerank_server import EngineError, ModelError, Pair, RerankRequest, Scored, Settings, load_engine, pairs_of
+from rerank_server import EngineError, ModelError, Pair, RerankRequest, Scored, Settings, load_engine, pairs_of, score_all
 
 # logit: exact where scores saturate at 1.0. row: its number in the input, from 0.
 SCHEMA = pa.schema([
@@ -144,7 +144,7 @@ class Scorer:
     def _logits(self, pairs: Sequence[Pair]) -> list[float]:
         """Equal pairs are scored once; the longest first, so that short ones fill the batches. Raises EngineError."""
         unique = sorted({pair.key: pair for pair in pairs}.values(), key=lambda pair: -pair.n_new)
-        logits = dict(zip((pair.key for pair in unique), self._engine.score(unique), strict=True))
+        logits = dict(zip((pair.key for pair in unique), score_all(self._engine, unique), strict=True))
         return [logits[pair.key] for pair in pairs]
 
     def _logit(self, pair: Pair) -> float | EngineError:

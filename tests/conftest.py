@@ -34,7 +34,7 @@ CONVERT_TIMEOUT_S = 120
 FUZZED: defaultdict[str, Counter[str]] = defaultdict(Counter)  # what was tried, for the end of the report
 
 Gguf = Callable[..., Path]
-EngineOf = Callable[[str], rerank_server.LlamaEngine]
+EngineOf = Callable[[str], rerank_server.Engine]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -51,7 +51,7 @@ def convert(checkpoint: Path, out: Path, *quantizations: str) -> list[Path]:
     return sorted(out.glob("*.gguf"))
 
 
-def load_engine(file: Path, max_length: int, ubatch: int = 512) -> rerank_server.LlamaEngine:
+def load_engine(file: Path, max_length: int, ubatch: int = 512) -> rerank_server.Engine:
     """With one thread: two gain nothing on a tiny model, and wait for each other where the machine is busy."""
     return rerank_server.load_engine(file, rerank_server.Settings(max_length=max_length, ubatch=ubatch, threads=1))
 
@@ -84,9 +84,9 @@ def gguf_of(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def engine_of(gguf_of: Gguf) -> Iterator[EngineOf]:
     """name of ARCHITECTURES -> an engine on its F32 file that takes pairs as long as the model does."""
-    engines: dict[str, rerank_server.LlamaEngine] = {}
+    engines: dict[str, rerank_server.Engine] = {}
 
-    def load(name: str) -> rerank_server.LlamaEngine:
+    def load(name: str) -> rerank_server.Engine:
         if name not in engines:
             engines[name] = load_engine(gguf_of(name), rerank_server.MAX_MAX_LENGTH_TOKENS)
         return engines[name]

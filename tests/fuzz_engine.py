@@ -41,7 +41,7 @@ def bad_pair(good: server.Pair, longest: int, generator: random.Random) -> serve
     return replace(good, ids=tuple(ids))
 
 
-def batch_of(engine: server.LlamaEngine, generator: random.Random) -> list[server.Pair]:
+def batch_of(engine: server.Engine, generator: random.Random) -> list[server.Pair]:
     n = generator.choice([0, 1, 2, 7, 70, 300])
     passages = [PASSAGE * generator.choice([0, 1, 2, 5, 40]) for _ in range(n)]
     pairs = engine.pairs.make(QUERY * generator.choice([0, 1, 3, 50]), passages)
@@ -61,7 +61,7 @@ def main(file: Path, n_tries: int, seed: int) -> int:
         for _ in range(n_tries // 3):
             batch = batch_of(engine, generator)
             try:
-                logits = engine.score(batch)
+                logits = server.score_all(engine, batch)
                 assert len(logits) == len(batch)
                 counts["batches scored"] += 1
                 counts["pairs scored"] += len(logits)

@@ -311,7 +311,9 @@ def score(file: Path, order: list[int], **settings: Any) -> Exact:
     base: dict[str, Any] = {"max_length": 8192, "ubatch": 512, "threads": 2}
     engine = rerank_server.load_engine(file, rerank_server.Settings(**{**base, **settings}))
     pairs = [SCORED_PAIRS[n] for n in order]
-    logits = engine.score([engine.pairs.make(pair.query, [pair.passage], pair.max_length)[0] for pair in pairs])
+    logits = rerank_server.score_all(engine, [
+        engine.pairs.make(pair.query, [pair.passage], rerank_server.Cut(pair.max_length))[0] for pair in pairs
+    ])
     engine.close()
     return np.array(logits)
 

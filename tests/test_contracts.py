@@ -55,7 +55,7 @@ class Served(Running):
         self.engine = NumberEngine(1, "fake-m3")
 
     @staticmethod
-    def _load_gemma(path: Path, settings: server.Settings) -> FakeEngine:
+    def _load_gemma(path: Path, settings: server.Settings, is_alone: bool = False) -> FakeEngine:
         return NumberEngine(-1, "fake-gemma")
 
 
@@ -83,7 +83,7 @@ class Contract(NamedTuple):
 NATIVE = Contract("native", "/rerank", "passages", "score", None)
 TEI = Contract("tei", "/rerank", "texts", "score", None, document="text")
 JINA = Contract("jina", "/v1/rerank")
-COHERE_1 = Contract("cohere v1", "/v1/rerank", extra=(("model", "rerank-v3.5"), ("max_chunks_per_doc", 10)))
+COHERE_1 = Contract("cohere v1", "/v1/rerank", extra=(("model", "rerank-v3.5"), ("max_chunks_per_doc", None)))
 COHERE_2 = Contract("cohere v2", "/v2/rerank", extra=(("model", "rerank-v3.5"),))
 VOYAGE = Contract("voyage", "/v1/rerank", results="data", top="top_k", extra=(("truncation", True),))
 SCORE = Contract("score", "/score", "text_2", "score", "data", query="text_1")
@@ -152,17 +152,18 @@ BEST_FIRST = [{"index": 1, "relevance_score": HIGH, **M3}, {"index": 0, "relevan
 
 
 def cohere(version: str) -> dict[str, Any]:
-    meta = {"api_version": {"version": version}, "billed_units": {"search_units": 1}}
+    meta = {"api_version": {"version": version}, "billed_units": {"search_units": 1},
+            "tokens": {"input_tokens": N_TOKENS, "output_tokens": 0}}
     return {"object": "rerank", "usage": USAGE, "results": BEST_FIRST, "meta": meta}
 
 
 SHAPES: dict[Contract, Any] = {
     NATIVE: [LOW, HIGH],
-    TEI: [{"index": 1, "score": HIGH, **M3}, {"index": 0, "score": LOW, **M3}],
+    TEI: [{"index": 1, "score": HIGH}, {"index": 0, "score": LOW}],
     JINA: {**cohere("1"), **M3},
     COHERE_1: {**cohere("1"), "model": "rerank-v3.5"},
     COHERE_2: {**cohere("2"), "model": "rerank-v3.5"},
-    VOYAGE: {"object": "list", "data": BEST_FIRST, **M3, "usage": {"total_tokens": N_TOKENS}},
+    VOYAGE: {**cohere("1"), "object": "list", "data": BEST_FIRST, **M3},
     SCORE: {
         "object": "list", **M3, "usage": USAGE,
         "data": [
@@ -263,7 +264,8 @@ def test_top_n_may_be_larger_than_the_list_but_not_nonsense(served: Served, cont
     texts = ["1", "3", "2"]
     for given, expected in [(2, [1, 2]), (2.0, [1, 2]), (3, [1, 2, 0]), (1000, [1, 2, 0]), (None, [1, 2, 0])]:
         assert order(ask(served, contract, texts, **{contract.top: given})) == expected
-    for wrong in (0, -1, 1.5, "2", True, [2], 10**400):
+    assert order(ask(served, contract, texts, **{contract.top: "2"})) == [1, 2], "some clients send it as a string"
+    for wrong in (0, -1, 1.5, "two", True, [2], 10**400):
         status, message = refusal(served, contract, texts, **{contract.top: wrong})
         assert status == 400, wrong
         assert f"'{contract.top}'" in message, wrong
@@ -296,7 +298,10 @@ def test_documents_may_be_objects_with_a_text(served: Served, contract: Contract
     results = ask(served, contract, mixed, return_documents=True)
     shown = {result["index"]: result[contract.document] for result in results}
     is_object = contract in (JINA, COHERE_1, COHERE_2)  # their clients read document.text
-    assert shown == {n: {"text": text} if is_object else text for n, text in enumerate(["1", "3", "2"])}
+    texts: list[Any] = ["1", "3", "2"]
+    assert shown == dict(enumerate([{"text": text} for text in texts] if is_object else texts)) | (
+        {0: mixed[0]} if is_object else {}
+    )
 
 
 def test_rank_fields_name_the_fields_of_a_document_that_count(served: Served) -> None:
@@ -307,7 +312,7 @@ def test_rank_fields_name_the_fields_of_a_document_that_count(served: Served) ->
     assert (status, "documents[0]" in message) == (400, True)
 
 
-BAD_DOCUMENTS = [3, None, True, ["a"], {"title": "x"}, {"text": 5}, {"text": None}, {}, "\ud800"]
+BAD_DOCUMENTS = [3, None, True, ["a"], {"title": "x"}, {"text": 5}, {"text": None}, {}]
 
 
 @for_all
@@ -322,7 +327,7 @@ def test_one_bad_document_is_named_and_nothing_is_scored(served: Served, contrac
 
 @for_all
 def test_a_missing_or_wrong_query_is_named(served: Served, contract: Contract) -> None:
-    for wrong in (None, 3, {"text": "q"}):
+    for wrong in (None, 3, {"title": "q"}):
         status, message = refusal(served, contract, ["1"], **{contract.query: wrong})
         assert (status, f"'{contract.query}'" in message) == (400, True), wrong
 
@@ -383,13 +388,13 @@ def test_min_score_is_a_threshold_on_what_is_returned(served: Served, contract: 
     assert order(ask(served, contract, texts, min_score=0.5, **{contract.top: 2})) == [2, 3]
     assert order(ask(served, contract, texts, min_score=0.5, raw_scores=True)) == [2, 3]
     assert ask(served, contract, texts, min_score=1.1) == []
-    for wrong in ("0.5", True, float("nan"), float("inf"), 10**400):
+    for wrong in ("half", True, float("nan"), float("inf"), 10**400):
         assert refusal(served, contract, texts, min_score=wrong)[0] == 400, wrong
 
 
 @for_all
 def test_a_cut_document_is_marked(served: Served, contract: Contract) -> None:
-    status, answer, headers = send(served, contract, ["0", LONG, "2", LONG], raw_scores=True)
+    status, answer, headers = send(served, contract, ["0", LONG, "2", LONG], raw_scores=True, on_overflow="truncate")
     assert (status, headers["X-Rerank-Truncated"]) == (200, "1,3")
     results = contract.read(answer)
     assert {result["index"]: result[contract.score] for result in results} == {0: 0, 1: 1, 2: 2, 3: 1}
@@ -400,10 +405,10 @@ def test_a_cut_document_is_marked(served: Served, contract: Contract) -> None:
 
 @for_all
 def test_a_document_may_be_limited_to_some_of_its_tokens(served: Served, contract: Contract) -> None:
-    for limit, expected in ((1, [1, 5]), (3, [7, 5]), (10_000, [7, 5])):
+    for limit, expected in ((1, [1, 5]), (3, [7, 5]), (10_000, [7, 5]), ("1", [1, 5]), (0, [7, 5]), (-1, [7, 5])):
         results = ask(served, contract, ["1 1 7", "5"], max_tokens_per_doc=limit, raw_scores=True)
         assert {result["index"]: result[contract.score] for result in results} == dict(enumerate(expected)), limit
-    for wrong in (0, -1, 1.5, "3"):
+    for wrong in (-2, 1.5, "3 words"):
         assert refusal(served, contract, ["1"], max_tokens_per_doc=wrong)[0] == 400, wrong
 
 
@@ -413,7 +418,7 @@ def test_a_request_may_shorten_its_pairs_but_not_lengthen_them(served: Served, c
     for max_length, expected in ((32, 1), (33, 5), (8192, 5)):
         assert scores(contract, ask(served, contract, [passage], max_length=max_length, raw_scores=True)) == [expected]
     assert scores(contract, ask(served, contract, [LONG], max_length=8192, raw_scores=True)) == [1]
-    for wrong in (31, 8193, "64"):
+    for wrong in (31, 8193, "long"):
         assert refusal(served, contract, ["1"], max_length=wrong)[0] == 400, wrong
 
 
@@ -423,7 +428,8 @@ def test_a_document_that_is_too_long_is_refused_when_asked_for(served: Served, c
     assert status == 400
     assert f"{contract.texts}[1]" in message
     assert "12 tokens" in message
-    assert ask(served, contract, ["3", "4"], on_overflow="error") == ask(served, contract, ["3", "4"])
+    own = ask(served, contract, ["3", "4"], on_overflow="error")
+    assert scores(contract, own) == scores(contract, ask(served, contract, ["3", "4"]))
     assert refusal(served, contract, ["3"], on_overflow="explode")[0] == 400
 
 
@@ -481,10 +487,10 @@ def test_gemmas_prompt_is_whole_around_every_part_of_a_passage() -> None:
     passage = " ".join(str(number) for number in range(100, 200))
     windows = pairs.windows("7", passage)
     changes: list[dict[str, Any]] = [{}, {"keep_end": True}, {"max_passage": 5}]
-    cut = [pairs.make("7", [passage], **changed)[0] for changed in changes]
+    cut = [pairs.make("7", [passage], server.Cut(**changed))[0] for changed in changes]
     for pair in (*windows, *cut):
-        assert pair.ids[:4] == (9, 1017, 1003, 1002), "the query's part, the separator, the passage's prefix"
-        assert pair.ids[-3:] == (1003, 1004, 1004)
+        assert tuple(pair.ids[:4]) == (9, 1017, 1003, 1002), "the query's part, the separator, the passage's prefix"
+        assert tuple(pair.ids[-3:]) == (1003, 1004, 1004)
     read = {token - 1000 for pair in windows for token in pair.ids}
     assert read >= set(range(100, 200)), "windows hold all of the passage"
     assert cut[1].ids[-4] == 1199, "the end was kept"
@@ -522,9 +528,10 @@ def test_the_second_stage_may_take_everything(served: Served, contract: Contract
         assert ask(served, contract, ["1", "3", "2"], use_llm=True, llm_top_n=n) == ask(
             served, contract, ["1", "3", "2"], use_llm=True
         )
-    for wrong in (0, -1, "2"):
+    for wrong in (0, -1, "all"):
         assert refusal(served, contract, ["1"], use_llm=True, llm_top_n=wrong)[0] == 400, wrong
-    assert ask(served, contract, ["1", "3"], llm_top_n=1) == ask(served, contract, ["1", "3"]), "without use_llm"
+    alone = ask(served, contract, ["1", "3"], llm_top_n=1)
+    assert scores(contract, alone) == scores(contract, ask(served, contract, ["1", "3"])), "without use_llm"
 
 
 MODELS = [("m3", 1), ("bge-reranker-v2-m3", 1), ("BAAI/bge-reranker-v2-m3", 1), ("fake-m3", 1), ("gemma", -1),

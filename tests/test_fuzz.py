@@ -35,7 +35,7 @@ CHECKS = [checks.status_code_conformance, checks.content_type_conformance, check
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    fixture = Served(debug=True, max_body_mb=1)
+    fixture = Served(max_body_mb=1)
     yield fixture
     fixture.close()
 

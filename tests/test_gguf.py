@@ -63,7 +63,7 @@ def tensor_of(path: Path, name: str) -> np.ndarray[Any, Any]:
 def score(path: Path) -> list[float]:
     engine = server.load_engine(path, server.Settings())
     try:
-        return engine.score(engine.pairs.make(*PAIRS))
+        return server.score_all(engine, engine.pairs.make(*PAIRS))
     finally:
         engine.close()
 

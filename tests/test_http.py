@@ -45,11 +45,11 @@ class FakePairs:
 class FakeEngine:
     """Scores a pair by its number of words. `block` holds the engine back; `fail` makes it raise."""
 
-    max_batch_tokens, max_sequences = 64, 8
+    max_batch_tokens, max_sequences, arithmetic = 64, 8, "a fake's"
 
     def __init__(self) -> None:
         self.description = describe_fake("fake")
-        self.pairs: server.Pairs = FakePairs()
+        self.pairs: Any = FakePairs()
         self.block = threading.Event()
         self.block.set()
         self.fail: Exception | None = None
@@ -81,8 +81,8 @@ class Running:
     def __init__(self, with_gemma: bool = False, **changes: Any) -> None:
         settings = server.Settings(host="127.0.0.1", port=0, drain_s=10, **changes)
         self.engine = FakeEngine()
-        m3 = server.Role("m3", describe_fake("fake-m3"), settings, lambda *_: self.engine)
-        gemma = server.Role("gemma", describe_fake("fake-gemma"), settings, self._load_gemma) if with_gemma else None
+        m3 = server.LocalRole("m3", describe_fake("fake-m3"), settings, lambda *_: self.engine)
+        gemma = server.LocalRole("gemma", describe_fake("fake-gemma"), settings, self._load_gemma) if with_gemma else None
         self.roles = server.Roles(m3, gemma, is_fallback=False)
         self.server = server.RerankServer(server.Application(self.roles, settings), settings)
         self.port: int = self.server.server_address[1]
@@ -90,7 +90,7 @@ class Running:
         self._thread.start()
 
     @staticmethod
-    def _load_gemma(path: Path, settings: server.Settings) -> FakeEngine:
+    def _load_gemma(path: Path, settings: server.Settings, is_alone: bool = False) -> FakeEngine:
         raise server.ModelError("fake-gemma.gguf: truncated")
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:
@@ -126,7 +126,7 @@ class Running:
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    fixture = Running(max_body_mb=1, debug=True)
+    fixture = Running(max_body_mb=1)
     yield fixture
     fixture.close()
 
@@ -170,8 +170,6 @@ def test_a_cut_passage_is_named_in_a_header(running: Running) -> None:
         ({"query": "a", "passages": {"0": "b"}}, "passages", "not an object"),
         ({"query": "a", "passages": ["b", "c", 3]}, "passages[2]", "not a number"),
         ({"query": "a", "passages": [["b"]]}, "passages[0]", "not a list"),
-        ({"query": "a", "passages": ["b", "\ud800"]}, "passages[1]", "lone surrogate at character 0"),
-        ({"query": "ok \udfff", "passages": []}, "query", "lone surrogate at character 3"),
         ({"query": "a", "passages": [], "use_llm": 1}, "use_llm", "true or false"),
     ],
 )
@@ -224,7 +222,7 @@ def test_a_gemma_file_that_does_not_load_is_no_score() -> None:
 def test_unknown_paths_and_methods(running: Running) -> None:
     status, answer, _ = running.request("GET", "/nothing")
     assert status == 404
-    assert "/rerank" in answer["message"]
+    assert "http://" in answer["message"], "it names the right base URL"
     for method in ("GET", "PUT", "DELETE", "PATCH", "BREW"):
         status, answer, headers = running.request(method, "/rerank")
         assert (status, headers["Allow"]) == (405, "POST, OPTIONS"), method
@@ -330,7 +328,7 @@ def test_the_cache_forgets_the_least_recently_used_and_stays_in_its_bounds() -> 
     cache.take([b"a"])
     cache.put({b"d": 1.0}, 0)
     assert set(cache.take([b"a", b"b", b"c", b"d"])) == {b"a", b"c", b"d"}
-    assert len(cache) == 3
+    assert cache.state()["entries"] == 3
 
 
 def test_a_failure_is_not_remembered(running: Running) -> None:
@@ -345,19 +343,6 @@ def test_health_says_which_file_serves(running: Running) -> None:
     assert status == 200
     assert answer["models"]["m3"]["file"] == "fake-m3.gguf"
     assert answer["models"]["gemma"] is None
-
-
-def test_the_pair_view_shows_ids_and_the_raw_logit(running: Running) -> None:
-    status, answer, _ = running.request("POST", "/debug/pair", b'{"query": "qq", "passage": "a b"}')
-    assert status == 200
-    assert (answer["ids"], answer["pieces"], answer["passage_start"]) == ([2, 0, 1], ["2", "0", "1"], 1)
-    assert (answer["logit"], answer["score"]) == (0.0, 0.5)
-
-
-def test_the_pair_view_is_off_unless_asked_for() -> None:
-    fixture = Running()
-    assert fixture.request("POST", "/debug/pair", b"{}")[0] == 404
-    fixture.close()
 
 
 def test_draining_answers_what_is_in_flight_and_closes_idle_connections() -> None:

@@ -19,7 +19,7 @@ Document = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    fixture = Served(debug=True, max_body_mb=1)
+    fixture = Served(max_body_mb=1)
     yield fixture
     fixture.close()
 

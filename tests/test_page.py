@@ -656,21 +656,20 @@ def test_the_characters_read_are_those_of_the_tokens(
     """As much of the text fits without a cut, and a word more does not."""
     pairs, (max_length, max_passage) = engine_of(name).pairs, limits
     for keep_end in (False, True):
-        request = dataclasses.replace(
-            server.RerankRequest(("sky",), (LONG,), keep_end=keep_end), max_length=max_length, max_passage=max_passage
-        )
+        cut = server.Cut(max_length, max_passage=max_passage, keep_end=keep_end)
+        request = server.RerankRequest(("sky",), (LONG,), cut=cut)
         n = server.characters_read(request, pairs, 0)
         for n_more, fits in ((0, True), (25, False)):
             part = LONG[len(LONG) - n - n_more :] if keep_end else LONG[: n + n_more]
-            (pair,) = pairs.make("sky", [part], max_length, max_passage)
+            (pair,) = pairs.make("sky", [part], dataclasses.replace(cut, keep_end=False))
             assert pair.truncated is not fits, (name, limits, keep_end, n)
 
 
 def test_windows_read_everything_that_they_may(engine_of: EngineOf) -> None:
     pairs = engine_of("xlmr").pairs
-    request = server.RerankRequest(("sky " * 100,), (LONG,), max_length=64, on_overflow=server.CHUNK)
+    request = server.RerankRequest(("sky " * 100,), (LONG,), cut=server.Cut(64), on_overflow=server.CHUNK)
     assert server.characters_read(request, pairs, 0) == len(LONG)  # the query was cut, not the passage
-    limited = server.RerankRequest(("sky",), (LONG,), max_length=64, max_passage=100, on_overflow=server.CHUNK)
+    limited = server.RerankRequest(("sky",), (LONG,), cut=server.Cut(64, max_passage=100), on_overflow=server.CHUNK)
     assert 100 < server.characters_read(limited, pairs, 0) < 600
 
 

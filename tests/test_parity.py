@@ -34,8 +34,8 @@ MINI = Path(__file__).resolve().parent.parent / "models" / "mini-Q8_0.gguf"
 CHECKPOINT = MINI.parent / "all-MiniLM-L6-v2"
 
 
-def pairs_of(engine: rerank_server.LlamaEngine) -> list[rerank_server.Pair]:
-    return [engine.pairs.make(pair.query, [pair.passage], pair.max_length)[0] for pair in SCORED_PAIRS]
+def pairs_of(engine: rerank_server.Engine) -> list[rerank_server.Pair]:
+    return [engine.pairs.make(pair.query, [pair.passage], rerank_server.Cut(pair.max_length))[0] for pair in SCORED_PAIRS]
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def reference(architecture: str, reference_of: Callable[[str], Logits]) -> Logit
 @pytest.fixture(scope="module")
 def logits(architecture: str, engine_of: EngineOf) -> Logits:
     engine = engine_of(architecture)
-    return np.array(engine.score(pairs_of(engine)))
+    return np.array(rerank_server.score_all(engine, pairs_of(engine)))
 
 
 def test_the_references_logits_are_far_apart(reference: Logits) -> None:
@@ -102,13 +102,13 @@ def logits_alone(architecture: str, gguf_of: Gguf) -> Logits:
 
 
 def test_a_score_does_not_depend_on_its_company(
-    packing_engine: rerank_server.LlamaEngine, logits_alone: Logits, reference: Logits
+    packing_engine: rerank_server.Engine, logits_alone: Logits, reference: Logits
 ) -> None:
     """Among others, in any order, repeated, at any ubatch: the score that a pair has alone."""
     order = [*range(len(SCORED_PAIRS)), *range(0, len(SCORED_PAIRS), 3)]
     random.Random(7).shuffle(order)
     pairs = pairs_of(packing_engine)
-    packed = packing_engine.score([pairs[n] for n in order])
+    packed = rerank_server.score_all(packing_engine, [pairs[n] for n in order])
     np.testing.assert_allclose(packed, logits_alone[order], rtol=0, atol=TOLERANCE * np.ptp(reference))
 
 
@@ -122,8 +122,8 @@ def test_a_prefix_that_is_computed_once_does_not_change_scores(
     queries = [f"query {number}: " + "which of these says it? " * (1 + 9 * number) for number in range(n_queries)]
     pairs = [pair for query in queries for pair in engine.pairs.make(query, passages)]
     random.Random(3).shuffle(pairs)
-    shared = engine.score(pairs)
-    whole = engine.score([dataclasses.replace(pair, n_shared=0) for pair in pairs])
+    shared = rerank_server.score_all(engine, pairs)
+    whole = rerank_server.score_all(engine, [dataclasses.replace(pair, n_shared=0) for pair in pairs])
     engine.close()
     assert all(pair.n_shared > 5 for pair in pairs)
     np.testing.assert_allclose(shared, whole, rtol=0, atol=TOLERANCE * np.ptp(reference_of("gemma")))
@@ -150,9 +150,9 @@ def test_minis_logit_is_its_cosine_and_the_overlap_as_the_reference_counts_it() 
     try:
         model = engine.description
         pairs = [engine.pairs.make(query, [passage])[0] for query, passage in texts]
-        whole = np.array(engine.score(pairs))
+        whole = np.array(rerank_server.score_all(engine, pairs))
         engine.description = dataclasses.replace(model, overlap_scale=0.0)
-        added = whole - np.array(engine.score(pairs))
+        added = whole - np.array(rerank_server.score_all(engine, pairs))
     finally:
         engine.close()
     if not model.overlap_scale:

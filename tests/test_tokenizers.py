@@ -27,7 +27,7 @@ CONTROL_IDS = {"xlmr": {0, 1, 2, XLMR_MASK}, "bert": {0, 101, 102, 103}, "bi": {
                "gemma": {0, 1, 2, 106, 107}}
 
 
-def passage_ids(engine: rerank_server.LlamaEngine, text: str, ids_after_passage: int) -> list[int]:
+def passage_ids(engine: rerank_server.Engine, text: str, ids_after_passage: int) -> list[int]:
     """The passage part of the pair ("", text)."""
     (pair,) = engine.pairs.make("", [text])
     return list(pair.ids[pair.passage_start:len(pair.ids) - ids_after_passage])
@@ -57,7 +57,7 @@ def test_a_pair_is_built_and_cut_as_the_reference_does(
     answers = golden[architecture]["pairs"][pair]
     query, passage = CUT_PAIRS[pair]
     for max_length in (n for n in MAX_LENGTHS if str(n) in answers):
-        (made,) = engine_of(architecture).pairs.make(query, [passage], max_length)
+        (made,) = engine_of(architecture).pairs.make(query, [passage], rerank_server.Cut(max_length))
         assert compact(list(made.ids)) == answers[str(max_length)], f"at max_length {max_length}"
         if architecture != "bi":  # its answers hold the passage's ids alone, and the query can be cut as well
             assert made.truncated == (answers[str(max_length)] != answers["whole"]), f"at max_length {max_length}"
