@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ import pytest
 from conftest import FUZZED, ROOT, Gguf
 
 import rerank_server as server
+from bench import checkpoints as bench_checkpoints
 
 FUZZ_SECONDS, FUZZ_TRIES = 15, 250  # of seed 1 at most, so that a faster machine meets none that was not tried before
 PAIRS = ("What is the capital of France?", ["Paris is the capital of France.", "Two  spaces\tand a tab. ", "猫は長い"])
@@ -123,6 +129,103 @@ def test_a_chat_model_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
     assert "'llama' is not a reranker" in refusal(path)
 
 
+CHAT = {"tokenizer.chat_template": "{{ messages }}"}
+
+
+def test_a_gemma_chat_model_is_refused_even_when_a_flag_names_it(gguf_of: Gguf, tmp_path: Path) -> None:
+    """Would break: scores between 0 and 1 that mean nothing."""
+    path = rewrite(gguf_of("gemma"), tmp_path / "gemma-2b-it.gguf", CHAT, drop=("rerank.",))
+    assert "chat model" in refusal(path)
+    known = rewrite(gguf_of("gemma"), tmp_path / "known.gguf", CHAT)
+    assert server.describe(server.GgufFile.open(known)).doubt == "", "a reranker may keep its template"
+
+
+@pytest.mark.parametrize("name", ["xlmr", "bert", "gemma"])
+def test_a_file_takes_a_role_by_itself_only_when_it_says_that_it_is_a_reranker(
+    name: str, gguf_of: Gguf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Would break: a newer file of something else in the folder answers in the reranker's place."""
+    role = "gemma" if name == "gemma" else "m3"
+    own = [gguf_of("gemma"), gguf_of("bi")] if name == "gemma" else [gguf_of(name)]
+    for file in own:
+        os.utime(shutil.copy(file, tmp_path / file.name), (1, 1))
+    drop = ("rerank.", "general.name")
+    other = rewrite(gguf_of(name), tmp_path / "other.gguf", {"general.name": "Some Model"}, drop=drop)
+    found = server.Roles.find(server.Settings(models=str(tmp_path)))
+    served = getattr(found, role)
+    assert served.description.path.name == own[0].name
+    assert "other.gguf" in caplog.text
+    named = getattr(server.Roles.find(server.Settings(models=str(tmp_path), **{role: other})), role)
+    assert named.description.path == other, "a flag names it"
+    assert named.description.doubt
+    if name != "gemma":
+        says = rewrite(gguf_of(name), tmp_path / "says.gguf", {"general.name": "Bge Reranker"}, drop=drop)
+        assert server.describe(server.GgufFile.open(says)).doubt == ""
+
+
+WRONG_VALUES: tuple[Any, ...] = ("x", -5, 0, 2**31, True, 1.5, float("nan"), ["a"], [1, 2])
+
+
+@pytest.mark.parametrize("name", ["xlmr", "bert", "bi", "gemma"])
+def test_no_value_of_a_header_ends_a_description_in_anything_but_one_line(
+    name: str, gguf_of: Gguf, tmp_path: Path
+) -> None:
+    """Would break: one file in the folder stops the start, or a wrong number is scored with."""
+    reader = gguf.GGUFReader(gguf_of(name))
+    skipped = ("GGUF.", "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "rerank.check")
+    path, tried = tmp_path / "wrong.gguf", 0
+    for key in [key for key in reader.fields if not key.startswith(skipped) and key != "general.architecture"]:
+        for value in WRONG_VALUES:
+            values = {key: value} if not isinstance(value, int) or value >= 0 else {}
+            rewrite(gguf_of(name), path, values, drop=() if values else (key,))
+            tried += 1
+            try:
+                found = server.describe(server.GgufFile.open(path))
+            except server.ModelError as error:
+                assert "\n" not in str(error)
+                continue
+            assert 32 <= found.max_tokens <= 8192, (key, value)
+            assert math.isfinite(found.cosine_scale), (key, value)
+    FUZZED[f"values of a header ({name})"].update({"tried": tried})
+
+
+def test_a_folder_with_files_that_cannot_be_read_still_starts(gguf_of: Gguf, tmp_path: Path) -> None:
+    rewrite(gguf_of("gemma"), tmp_path / "bad.gguf", {"rerank.max_tokens": "x"})
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / "page.gguf").write_text("<!DOCTYPE html><html>not found</html>")
+    shutil.copy(gguf_of("xlmr"), tmp_path / "good.gguf")
+    assert server.Roles.find(server.Settings(models=str(tmp_path))).m3.description.path.name == "good.gguf"
+    assert "git lfs pull" in refusal(tmp_path / "pointer.gguf")
+    assert "web page" in refusal(tmp_path / "page.gguf")
+
+
+def test_the_sizes_of_ggmls_types_are_those_of_the_gguf_package() -> None:
+    assert server._BLOCKS == {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+
+
+def test_a_file_is_tried_in_a_child_with_the_servers_own_settings(gguf_of: Gguf, tmp_path: Path) -> None:
+    """Would break: a file that only fails with these settings passes the trial and ends the server."""
+    foreign = rewrite(gguf_of("xlmr"), tmp_path / "foreign.gguf", drop=("rerank.",))
+    settings = server.Settings(max_length=64, ubatch=64, threads=1)
+    environment = server._environment_of(settings)
+    assert (environment["RERANK_MAX_LENGTH"], environment["RERANK_UBATCH"]) == ("64", "64")
+    server.load_engine(foreign, settings).close()
+
+
+def test_a_trial_that_does_not_end_is_given_up(
+    gguf_of: Gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CHILD_TIMEOUT_S", 0.01)
+    assert "took more than" in refusal(rewrite(gguf_of("xlmr"), tmp_path / "foreign.gguf", drop=("rerank.",)))
+
+
+def test_what_llama_cpp_says_is_not_kept_without_end() -> None:
+    said = server.NativeLog()
+    for number in range(10_000):
+        said.add(4, f"line {number}".encode(), None)
+    assert said.reason("") == "line 9900"
+
+
 def test_a_kind_from_a_newer_version_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
     assert "does not know" in refusal(rewrite(gguf_of("bi"), tmp_path / "new.gguf", {"rerank.kind": "late"}))
 
@@ -209,3 +312,28 @@ def test_damaged_files_never_crash_the_reader(name: str, gguf_of: Gguf, tmp_path
     assert counts["tried"] >= 20
     assert counts["refused"] > 0
     assert "refused in several lines" not in counts
+
+
+def test_loading_a_model_leaves_the_memory_of_others_alone(tmp_path: Path) -> None:
+    """Would break: a request's body, a KV cache or weights become zeroes while a model loads."""
+    checkpoint = bench_checkpoints.make_checkpoint("m3", tmp_path / "wide", hidden=256, layers=1, vocabulary=250_002)
+    command = [sys.executable, "-m", "convert", str(checkpoint), "--quant", "Q8_0", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    settings = server.Settings(max_length=64, ubatch=64, threads=1)
+    n_bytes = 64 * 250_002 * 4 + (1 << 16)  # what llama.cpp allocates for the logits, and what malloc adds
+    done, damaged = threading.Event(), 0
+
+    def others() -> None:
+        nonlocal damaged
+        while not done.is_set():
+            block = np.ones(n_bytes, dtype=np.uint8)
+            time.sleep(0.01)
+            damaged += int(n_bytes - np.count_nonzero(block))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    for _ in range(5):
+        server.load_engine(tmp_path / "wide-Q8_0.gguf", settings).close()
+    done.set()
+    thread.join()
+    assert damaged == 0

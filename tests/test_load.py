@@ -379,6 +379,66 @@ def test_the_first_decode_of_a_long_list_starts_while_the_rest_is_still_text(bus
     assert busy.answers["long"][1] == pytest.approx([sigmoid(n - 2) for n in range(3 * server.SLICE_PASSAGES)])
 
 
+def test_a_long_list_is_tokenised_only_a_little_ahead_of_the_engine(busy: Busy) -> None:
+    """Would break: 100,000 passages are half a gigabyte of token ids that wait for days."""
+    busy.hold()
+    busy.send("long", [5] * 5000 + list(range(5000)))
+    n_ahead = server.AHEAD_DECODES * FakeEngine.max_batch_tokens
+    until(lambda: busy.engine.counting.n_made > server.SLICE_PASSAGES)
+    time.sleep(0.3)
+    assert busy.engine.counting.n_made <= n_ahead + 2 * server.SLICE_PASSAGES + 5000
+    busy.engine.block.set()
+    assert busy.status("long") == 200
+    assert busy.answers["long"][1] == pytest.approx([sigmoid(3)] * 5000 + [sigmoid(n - 2) for n in range(5000)])
+
+
+def test_what_is_appended_costs_no_more_the_more_waits() -> None:
+    """Would break: 35 ms under the queue's lock for every 128 of 51,200 passages, while everybody else waits."""
+    loaded = Loaded(10**9)
+
+    def append(n_waiting: int) -> float:
+        with loaded.queue.admit(0) as job:
+            loaded.queue.append(job, {one.key: one for one in (pair(9, n) for n in range(n_waiting))}, 0)
+            slices = [[pair(9, n_waiting + 128 * k + n) for n in range(128)] for k in range(9)]
+            times = []
+            for made in slices:
+                started = time.perf_counter()
+                loaded.queue.append(job, {one.key: one for one in made}, 0)
+                times.append(time.perf_counter() - started)
+            return sorted(times)[len(times) // 2]
+
+    assert append(50_000) < 10 * append(500)
+
+
+class DyingEngine(BatchEngine):
+    """Its scheduler's thread ends outside of the engine's own score."""
+
+    dies = False
+
+    @property
+    def max_batch_tokens(self) -> int:  # type: ignore[override]
+        if self.dies:
+            raise RuntimeError("what nobody expects")
+        return 64
+
+
+def test_a_scheduler_that_dies_fails_what_waits_and_the_next_request_starts_another() -> None:
+    """Would break: GET /ready says 200 and every request waits for an hour."""
+    busy = Busy()
+    busy.engine = dying = DyingEngine()
+    busy.hold()
+    busy.send("waiting", [9])
+    until(lambda: waiting_tokens(busy) > 0)
+    dying.dies = True
+    dying.block.set()
+    assert busy.status("waiting") == 500
+    until(lambda: busy.request("GET", "/ready")[0] == 503)
+    dying.dies = False
+    assert busy.rerank({"query": "q", "passages": ["a b"]})[0] == 200
+    assert busy.request("GET", "/ready")[0] == 200
+    busy.close()
+
+
 def test_threads_end_with_the_server() -> None:
     before = set(threading.enumerate())
     busy = Busy()

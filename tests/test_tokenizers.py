@@ -7,6 +7,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,28 @@ def test_xlmr_real_vocabulary_has_the_reference_ids(tmp_path: Path) -> None:
     engine.close()
     assert len(samples) == 720
     assert not different, f"{len(different)} texts differ, the first in {different[0]['lang']}: {different[0]['text']}"
+
+
+def kept_bytes(action: Callable[[], object]) -> int:
+    """Memory that is still there after it."""
+    tracemalloc.start()
+    action()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return kept
+
+
+def test_wordpiece_keeps_no_long_words() -> None:
+    """Would break: thirty words of 3 MB, and the server has 100 MB less."""
+    tokenize = rerank_server.WordPieceTokenizer(["[UNK]", "▁a", "a"], 0, True, True)
+    assert kept_bytes(lambda: [tokenize(f"{n}" + "a" * 300_000) for n in range(30)]) < 500_000
+
+
+def test_wordpiece_keeps_a_bounded_number_of_words_and_characters() -> None:
+    """Would break: every word and every code point that was ever seen stays in memory."""
+    tokenize = rerank_server.WordPieceTokenizer(["[UNK]", "▁a", "a"], 0, True, True)
+    words = [f"{n:x}".rjust(100, "a") for n in range(40_000)]
+    assert kept_bytes(lambda: [tokenize(word) for word in words]) < 30_000_000
+    every = [chr(code) for code in range(0x20, 0x110000) if not 0xD800 <= code < 0xE000]
+    assert kept_bytes(lambda: [tokenize("".join(every[n : n + 1000])) for n in range(0, len(every), 1000)]) < 10_000_000
+    assert tokenize("a aa") == [1, 1, 2], "and the words are still right"
