@@ -261,11 +261,11 @@ def test_fields_of_this_server_reach_it_through_the_clients(tiny_server: ServerP
     assert "gemma" in results[0]["model"]
 
 
-# -- The README's table ------------------------------------------------------------------------------------------------
+# -- The table of docs/clients.md ----------------------------------------------------------------------------------------
 
 HERE = "http://127.0.0.1:8000"
-TABLE = re.findall(r"\| `(.+?)`<br>`(.+?)` \|", (ROOT / "README.md").read_text(encoding="utf-8"))
-MODULES = {  # name in the README's lines -> module that has it
+TABLE = re.findall(r"\| `(.+?)`<br>`(.+?)` \|", (ROOT / "docs" / "clients.md").read_text(encoding="utf-8"))
+MODULES = {  # name in the lines of that table -> module that has it
     "cohere": "cohere", "voyageai": "voyageai", "litellm": "litellm", "Reranker": "rerankers",
     "CohereRerank": "langchain_cohere", "TextEmbeddingInference": "llama_index.postprocessor.tei_rerank",
     "XinferenceRerank": "llama_index.postprocessor.xinference_rerank",
@@ -287,7 +287,7 @@ def value_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("first", "second"), TABLE)
-def test_the_readmes_lines_work_as_they_stand(tiny_server: ServerProcess, first: str, second: str) -> None:
+def test_the_tables_lines_work_as_they_stand(tiny_server: ServerProcess, first: str, second: str) -> None:
     lines = [line.replace(HERE, tiny_server.url) for line in (first, second)]
     assert lines != [first, second], "a line must say where this server is"
     names = set(re.findall(r"(?<![\w.\"])[A-Za-z_]+(?!=)\b", " ".join(lines))) & MODULES.keys()
