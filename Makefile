@@ -19,6 +19,7 @@ LLAMA_OPTIONS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $(if $(PORTABLE),$(LL
 LLAMA_CPU := $(if $(findstring GGML_NATIVE=OFF,$(LLAMA_OPTIONS)),,grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null)
 LLAMA_KEY := $(shell (echo '$(LLAMA_OPTIONS)'; uname -sm; $(LLAMA_CPU)) | cksum | cut -d' ' -f1)
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
+export PIP_CACHE_DIR ?= $(CACHE)/pip
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
 .PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients cluster cluster-demo image

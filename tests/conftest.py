@@ -18,6 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import guard  # noqa: E402
+
+# Before anything is imported that looks for its folders, and before anything is started.
+GUARD = guard.Guard()
+GUARD.install()
+
 import checkpoints  # noqa: E402
 from server_process import ServerProcess  # noqa: E402
 
@@ -37,10 +43,26 @@ Gguf = Callable[..., Path]
 EngineOf = Callable[[str], rerank_server.Engine]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_installed() -> Iterator[None]:
+    """Fails the test that calls an installer, even where the failure of that call is not looked at."""
+    yield
+    if calls := GUARD.calls():
+        pytest.fail(f"tests install nothing, and this one called: {calls}")
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for name, counts in FUZZED.items():
         shown = ", ".join(f"{count} {what}" for what, count in counts.items())
         terminalreporter.write_line(f"fuzzed {name}: {shown}")
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count:3}: {reason}")
+
+
+def pytest_unconfigure() -> None:
+    GUARD.remove()
 
 
 def convert(checkpoint: Path, out: Path, *quantizations: str) -> list[Path]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT, Gguf
+from guard import needs_module
 from server_process import ServerProcess
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
@@ -24,6 +25,11 @@ DOCUMENTS = [
     "Der Teig ruht zwei Stunden.", "x", "Insurance covers damage by fire, storm and water. " * 30,
 ]  # fmt: skip
 KEY = "sesame"
+
+
+def needs_client(name: str) -> Any:
+    apart = name.partition(".")[0] in ("litellm", "langchain_cohere")  # cannot live with the others' versions
+    return needs_module(name, f"pip install {name.replace('_', '-')}" if apart else "make clients")
 
 
 class Ask(NamedTuple):
@@ -41,7 +47,7 @@ Ranked = list[tuple[int, float]]  # index and score, in the client's order
 
 
 def cohere_v1(ask: Ask) -> Ranked:
-    cohere = pytest.importorskip("cohere", reason="pip install cohere")
+    cohere = needs_client("cohere")
     client = cohere.Client(ask.key, base_url=ask.url, max_retries=0)
     answer = client.rerank(model=ask.model, query=ask.query, documents=ask.documents, top_n=ask.top_n,
                            return_documents=True)  # fmt: skip
@@ -51,7 +57,7 @@ def cohere_v1(ask: Ask) -> Ranked:
 
 
 def cohere_v2(ask: Ask) -> Ranked:
-    cohere = pytest.importorskip("cohere", reason="pip install cohere")
+    cohere = needs_client("cohere")
     client = cohere.ClientV2(ask.key, base_url=ask.url, max_retries=0)
     answer = client.rerank(model=ask.model, query=ask.query, documents=ask.documents, top_n=ask.top_n,
                            max_tokens_per_doc=None)  # fmt: skip
@@ -60,10 +66,8 @@ def cohere_v2(ask: Ask) -> Ranked:
 
 
 def llama_index_tei(ask: Ask) -> Ranked:
-    tei = pytest.importorskip(
-        "llama_index.postprocessor.tei_rerank", reason="pip install llama-index-postprocessor-tei-rerank"
-    )
-    schema = pytest.importorskip("llama_index.core.schema")
+    tei = needs_client("llama_index.postprocessor.tei_rerank")
+    schema = needs_client("llama_index.core.schema")
     reranker = tei.TextEmbeddingInference(
         base_url=ask.url, top_n=ask.top_n or len(ask.documents), auth_token=f"Bearer {ask.key}"
     )
@@ -73,10 +77,8 @@ def llama_index_tei(ask: Ask) -> Ranked:
 
 
 def haystack_tei(ask: Ask) -> Ranked:
-    rankers = pytest.importorskip(
-        "haystack_integrations.components.rankers.huggingface_api", reason="pip install huggingface-api-haystack"
-    )
-    haystack = pytest.importorskip("haystack")
+    rankers = needs_client("haystack_integrations.components.rankers.huggingface_api")
+    haystack = needs_client("haystack")
     ranker = rankers.HuggingFaceTEIRanker(
         url=ask.url, top_k=ask.top_n or len(ask.documents), max_retries=1,
         token=haystack.utils.Secret.from_token(ask.key),
@@ -89,7 +91,7 @@ def haystack_tei(ask: Ask) -> Ranked:
 
 def rerankers_of(provider: str, route: str) -> Callable[[Ask], Ranked]:
     def rank(ask: Ask) -> Ranked:
-        rerankers = pytest.importorskip("rerankers", reason="pip install rerankers")
+        rerankers = needs_client("rerankers")
         ranker = rerankers.Reranker(ask.model, model_type=provider, api_key=ask.key, url=f"{ask.url}{route}", verbose=0)
         ranked = ranker.rank(ask.query, list(ask.documents), doc_ids=list(range(len(ask.documents))))
         chosen = ranked.results if ask.top_n is None else ranked.top_k(ask.top_n)
@@ -99,9 +101,9 @@ def rerankers_of(provider: str, route: str) -> Callable[[Ask], Ranked]:
 
 
 def infinity(ask: Ask) -> Ranked:
-    client_of = pytest.importorskip("infinity_client", reason="pip install infinity-client")
-    models = pytest.importorskip("infinity_client.models")
-    rerank = pytest.importorskip("infinity_client.api.default.rerank")
+    client_of = needs_client("infinity_client")
+    models = needs_client("infinity_client.models")
+    rerank = needs_client("infinity_client.api.default.rerank")
     client = client_of.AuthenticatedClient(base_url=ask.url, token=ask.key, raise_on_unexpected_status=True)
     body = models.RerankInput(query=ask.query, documents=list(ask.documents), top_n=ask.top_n, model=ask.model)
     answer = rerank.sync(client=client, body=body)
@@ -110,7 +112,7 @@ def infinity(ask: Ask) -> Ranked:
 
 
 def voyage(ask: Ask) -> Ranked:
-    voyageai = pytest.importorskip("voyageai", reason="pip install voyageai")
+    voyageai = needs_client("voyageai")
     client = voyageai.Client(api_key=ask.key, base_url=f"{ask.url}/v1")
     answer = client.rerank(ask.query, list(ask.documents), model=ask.model, top_k=ask.top_n)
     assert answer.total_tokens > 0
@@ -119,7 +121,7 @@ def voyage(ask: Ask) -> Ranked:
 
 def litellm_of(provider: str) -> Callable[[Ask], Ranked]:
     def rank(ask: Ask) -> Ranked:
-        litellm = pytest.importorskip("litellm", reason="pip install litellm")
+        litellm = needs_client("litellm")
         answer = litellm.rerank(
             model=f"{provider}/{ask.model}", query=ask.query, documents=list(ask.documents), top_n=ask.top_n,
             api_base=ask.url, api_key=ask.key, max_retries=0,
@@ -241,7 +243,7 @@ def test_the_right_key_opens(locked: str, client: Client) -> None:
 
 def test_fields_of_this_server_reach_it_through_the_clients(tiny_server: ServerProcess) -> None:
     """Two stages: gemma's choice first, each result says which model scored it, and what was cut."""
-    cohere = pytest.importorskip("cohere")
+    cohere = needs_client("cohere")
     fields = {"use_llm": True, "llm_top_n": 2, "max_tokens_per_doc": 100}
     options = {"additional_body_parameters": fields}
     answer = cohere.ClientV2("any", base_url=tiny_server.url).rerank(
@@ -250,22 +252,22 @@ def test_fields_of_this_server_reach_it_through_the_clients(tiny_server: ServerP
     assert ["gemma" in result.model for result in answer.results] == [True] * 2 + [False] * 6
     assert [result.index for result in answer.results if getattr(result, "truncated", False)] == [7]
 
-    models = pytest.importorskip("infinity_client.models")
+    models = needs_client("infinity_client.models")
     body = models.RerankInput(query=QUERY, documents=DOCUMENTS)
     for name, value in fields.items():
         body[name] = value
-    rerank = pytest.importorskip("infinity_client.api.default.rerank")
-    client = pytest.importorskip("infinity_client").Client(base_url=tiny_server.url)
+    rerank = needs_client("infinity_client.api.default.rerank")
+    client = needs_client("infinity_client").Client(base_url=tiny_server.url)
     results = rerank.sync(client=client, body=body).results
     assert [result.index for result in results] == [result.index for result in answer.results]
     assert "gemma" in results[0]["model"]
 
 
-# -- The README's table ------------------------------------------------------------------------------------------------
+# -- The table of docs/clients.md --------------------------------------------------------------------------------------
 
 HERE = "http://127.0.0.1:8000"
-TABLE = re.findall(r"\| `(.+?)`<br>`(.+?)` \|", (ROOT / "README.md").read_text(encoding="utf-8"))
-MODULES = {  # name in the README's lines -> module that has it
+TABLE = re.findall(r"\| `(.+?)`<br>`(.+?)` \|", (ROOT / "docs" / "clients.md").read_text(encoding="utf-8"))
+MODULES = {  # name in the lines of that table -> module that has it
     "cohere": "cohere", "voyageai": "voyageai", "litellm": "litellm", "Reranker": "rerankers",
     "CohereRerank": "langchain_cohere", "TextEmbeddingInference": "llama_index.postprocessor.tei_rerank",
     "XinferenceRerank": "llama_index.postprocessor.xinference_rerank",
@@ -278,7 +280,7 @@ MODULES = {  # name in the README's lines -> module that has it
 
 
 def value_of(name: str) -> Any:
-    module = pytest.importorskip(MODULES[name])
+    module = needs_client(MODULES[name])
     if name == "nodes":
         return [module.NodeWithScore(node=module.TextNode(text=text)) for text in DOCUMENTS]
     if name == "docs":
@@ -287,7 +289,7 @@ def value_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("first", "second"), TABLE)
-def test_the_readmes_lines_work_as_they_stand(tiny_server: ServerProcess, first: str, second: str) -> None:
+def test_the_tables_lines_work_as_they_stand(tiny_server: ServerProcess, first: str, second: str) -> None:
     lines = [line.replace(HERE, tiny_server.url) for line in (first, second)]
     assert lines != [first, second], "a line must say where this server is"
     names = set(re.findall(r"(?<![\w.\"])[A-Za-z_]+(?!=)\b", " ".join(lines))) & MODULES.keys()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EngineOf, Gguf
+from guard import needs
 from test_the_server import PASSAGES, QUERY, health, main, post
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,15 +59,15 @@ class Buildah:
 
 @pytest.fixture(scope="module")
 def container() -> Iterator[Buildah]:
-    if shutil.which("buildah") is None or os.geteuid() != 0:
-        pytest.skip("buildah is not here, or may not make a container: it needs root")
+    needs("buildah")
+    needs("root")
     try:
         made = Buildah()
     except AssertionError:
-        pytest.skip("no image rerank-server:latest: `make image` builds it")
+        pytest.skip("no image rerank-server:latest (make image)")
     with contextlib.closing(made):
         if (made.root / "app/rerank_server.py").read_bytes() != (ROOT / "rerank_server.py").read_bytes():
-            pytest.skip("the image rerank-server:latest is of another version: `make image` builds it anew")
+            pytest.skip("the image rerank-server:latest is of another version (make image)")
         yield made
 
 

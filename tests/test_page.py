@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import EngineOf, Gguf
+from guard import find, needs
 from playwright.sync_api import Browser, BrowserContext, Error, Locator, Page, expect, sync_playwright
 from server_process import ServerProcess
 from test_http import Running
@@ -34,12 +34,12 @@ browser_test = pytest.mark.browser
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with contextlib.ExitStack() as stack:
-        try:
-            chromium = stack.enter_context(sync_playwright()).chromium.launch(executable_path=found)
-        except Error as error:  # without a path Playwright's own is taken, where one is installed
-            pytest.skip(f"no chromium: {str(error).splitlines()[0]}")
+        playwright = stack.enter_context(sync_playwright())
+        own = Path(playwright.chromium.executable_path)  # which Playwright may have installed
+        if not own.exists():
+            needs("chromium")
+        chromium = playwright.chromium.launch(executable_path=find("chromium") or own)
         yield chromium
         chromium.close()
 
@@ -502,7 +502,7 @@ def test_the_copied_code_runs_and_gives_the_scores(keyed: ServerProcess, visit: 
     tab.order_by("gemma")
     commands = {"curl": ["bash", "-c", tab.code("curl")], "Python": [sys.executable, "-c", tab.code("Python")]}
     for name, command in commands.items():
-        if name == "curl" and shutil.which("curl") is None:
+        if name == "curl" and find("curl") is None:
             continue
         assert "k-1" not in command[2], "a key is not for the clipboard"
         done = subprocess.run(

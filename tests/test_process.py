@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Gguf
 from golden.inputs import SCORED_PAIRS
+from guard import needs
 from server_process import ServerProcess
 
 import rerank_server
@@ -75,9 +76,8 @@ def test_a_cgroups_quota_bounds_the_threads(tmp_path: Path, quota: str, cores: f
 
 
 def test_the_line_that_the_report_offers_works_as_it_stands(process: ServerProcess) -> None:
+    needs("curl")
     line = process.report[process.report.index("curl ") :].strip()
-    if shutil.which("curl") is None:
-        pytest.skip("no curl on this machine")
     scores = json.loads(subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60).stdout)
     assert len(scores) == 2
     assert all(0 <= score <= 1 for score in scores)
@@ -265,13 +265,6 @@ def test_check_scores_pairs_from_standard_input(gguf_of: Gguf) -> None:
     assert first["score"] == pytest.approx(rerank_server.sigmoid(first["logit"]))
     assert (first["truncated"], second["truncated"], len(second["ids"])) == (False, True, 32)
     assert last["summary"]["n_pairs"] == 2
-
-
-def test_every_setting_is_in_the_readme_with_its_environment_variable() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in rerank_server.Settings.__dataclass_fields__:
-        row = f"| `{rerank_server.flag_of(name)}` | `{rerank_server.environment_variable_of(name)}` |"
-        assert row in readme, row
 
 
 def test_the_logits_that_an_encoder_never_computes_take_no_memory(tmp_path: Path) -> None:
