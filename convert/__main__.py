@@ -21,6 +21,7 @@ from . import choose, download, models, verify
 from .errors import CannotStartError, ConvertError
 from .job import Job
 from .quantize import QUANTIZATIONS, REFUSED, Quantization, find_quantization, quantize
+from .reference import PromptParts
 from .verify import Report, Scored
 from .write import disk_error, file_bytes
 
@@ -76,7 +77,7 @@ def convert(arguments: argparse.Namespace) -> int:
     if arguments.keep_f16 and F16 not in quantizations:
         quantizations.append(F16)
     fetched = download.fetch(source, arguments.revision)
-    job = Job.open(fetched.directory, source.repo or source.name, fetched.revision)
+    job = Job.open(fetched.directory, source.repo or source.name, fetched.revision, _parts(arguments))
     output = Output(arguments.out, source.name)
     with output.opened():
         _check_disk_space(arguments.out, job, quantizations)
@@ -122,7 +123,7 @@ def write_base(job: Job, output: Output, named: bool) -> Scored:
     part = output.part(F16)
     job.write(part, half=True)
     verify.check_structure(part, job.tensors)
-    scored = verify.score_samples(part)
+    scored = verify.score_samples(part, job.samples)
     margin = verify.relevance_margin(scored.logits)
     if margin < verify.CLEAR_MARGIN:
         problem = f"in float16, relevant passages score only {margin:.2f} logits above irrelevant ones on average"
@@ -143,8 +144,9 @@ def convert_one(job: Job, output: Output, base: Scored, quantization: Quantizati
             print(f"convert: {output.final(quantization).name}: {note}", file=sys.stderr)
     file = verify.check_structure(part, job.tensors)
     scored = base if quantization is F16 else None
-    expected = verify.expected_ids(job.pairs)
-    report = verify.examine(part, output.final(quantization).name, file, expected, base.logits, scored)
+    expected = verify.expected_ids(job.pairs, job.samples)
+    name = output.final(quantization).name
+    report = verify.examine(part, name, file, expected, base.logits, scored, job.samples)
     if not report.problem:
         file.record(report.verification())
     return report
@@ -162,6 +164,11 @@ def _check_disk_space(folder: Path, job: Job, quantizations: Sequence[Quantizati
         )
 
 
+def _parts(arguments: argparse.Namespace) -> PromptParts:
+    given = {name: getattr(arguments, name) for name in ("prompt", "query_prefix", "passage_prefix")}
+    return PromptParts(**{name: text for name, text in given.items() if text is not None})
+
+
 def _parser() -> argparse.ArgumentParser:
     refused = ", ".join(REFUSED)
     parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face checkpoint -> verified GGUF.")
@@ -173,6 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=models.MODELS, metavar="DIR", help="default: models/")
     parser.add_argument("--revision", metavar="SHA", help="commit to download (default: the one this version pins)")
     parser.add_argument("--keep-f16", action="store_true", help="keep the F16 file too")
+    gemma = parser.add_argument_group("for a Gemma reranker that was trained with other texts than the original's")
+    gemma.add_argument("--prompt", metavar="TEXT", help="the question after query and passage")
+    gemma.add_argument("--query-prefix", metavar="TEXT", help="before the query (default: 'A: ')")
+    gemma.add_argument("--passage-prefix", metavar="TEXT", help="before the passage (default: 'B: ')")
     return parser
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -14,12 +15,23 @@ from .models import BI_ENCODER, MINI_COSINE_BIAS, MINI_COSINE_SCALE, MINI_OVERLA
 from .vocab import Vocabulary, bert_normalization, read_sentencepiece
 
 MAX_LENGTH_TOKENS = 512  # of rerank.check_ids
-QUERY_PREFIX, PASSAGE_PREFIX, SEPARATOR = "A: ", "B: ", "\n"
-PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker
+GEMMA_PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
 )
 
+
+@dataclass(frozen=True)
+class PromptParts:
+    """What a yes-logit model was trained to read around query and passage (FlagEmbedding's options of these names)."""
+
+    prompt: str = GEMMA_PROMPT
+    query_prefix: str = "A: "
+    passage_prefix: str = "B: "
+    separator: str = "\n"
+
+
+GEMMA_PARTS = PromptParts()
 COMMON_WORDS = "the of and in to was he is as for"  # ids 1996 to 2005 of BERT's uncased vocabulary
 
 Encode = Callable[[str], list[int]]
@@ -50,9 +62,11 @@ class ReferencePairs:
     """Token ids of pairs as FlagEmbedding 1.4.2 (cross-encoders, yes-logit) and sentence-transformers build them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, longest: int
+        self, checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, longest: int,
+        parts: PromptParts = GEMMA_PARTS,
     ) -> None:
         """longest: tokens that the model takes. Raises ConvertError when the tokenizer cannot be opened."""
+        self._parts = parts
         self._kind, self._special, self._longest = architecture.kind, vocabulary.special, longest
         self._separators = 2 if architecture.tokenizer == "t5" else 1
         self.encode = _open_tokenizer(checkpoint, architecture)
@@ -76,9 +90,10 @@ class ReferencePairs:
 
     def _prompt_ids(self, query: str, passage: str, limit: int) -> list[int]:
         """prepare_for_model(..., truncation="only_second", max_length + len(separator) + len(prompt)), then the end."""
-        separator, prompt = self.encode(SEPARATOR), self.encode(PROMPT)
-        head = [self._special["bos"], *self.encode(QUERY_PREFIX + query)[: limit * 3 // 4]]
-        body = [*separator, *self.encode(PASSAGE_PREFIX + passage)[:limit]]
+        parts = self._parts
+        separator, prompt = self.encode(parts.separator), self.encode(parts.prompt)
+        head = [self._special["bos"], *self.encode(parts.query_prefix + query)[: limit * 3 // 4]]
+        body = [*separator, *self.encode(parts.passage_prefix + passage)[:limit]]
         room = limit + len(separator) + len(prompt) - len(head)
         return [*head, *body[: max(len(separator), room)], *separator, *prompt]
 

@@ -7,11 +7,13 @@ server), so whatever looks special is CONTROL, and an untrusted passage cannot s
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .added import append_added_tokens, entries
 from .checkpoint import Checkpoint
 from .errors import ConvertError
 from .models import Architecture
@@ -37,6 +39,8 @@ class Vocabulary:
 def read_vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Vocabulary:
     """Raises ConvertError naming the file and what is wrong in it."""
     vocabulary = _READERS[architecture.tokenizer](checkpoint)
+    if architecture.tokenizer in ("t5", "bert", "llama"):
+        append_added_tokens(checkpoint, vocabulary)
     _check(checkpoint, vocabulary)
     return vocabulary
 
@@ -212,7 +216,7 @@ _STEERING = {"<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"}
 def _read_gemma(checkpoint: Checkpoint) -> Vocabulary:
     path = checkpoint.directory / "tokenizer.model"
     if not path.is_file():
-        raise ConvertError(f"{path}: missing; Gemma's vocabulary is read from it")
+        return _gemma_of_tokenizer_json(checkpoint)
     model = read_sentencepiece(path)
     if model.trainer_spec.model_type != 2:
         raise ConvertError(f"{path}: not a SentencePiece BPE model")
@@ -231,17 +235,70 @@ def _read_gemma(checkpoint: Checkpoint) -> Vocabulary:
         # llama.cpp looks for user-defined pieces in the raw text, where a space is a space
         tokens.append(piece.piece.replace(SPACE, " ") if kind == USER_DEFINED else piece.piece)
         types.append(kind)
+    return _gemma_vocabulary(checkpoint, tokens, types, [piece.score for piece in model.pieces])
+
+
+def _gemma_vocabulary(
+    checkpoint: Checkpoint, tokens: list[str], types: list[int], scores: list[float]
+) -> Vocabulary:
     special = _ids_of(checkpoint, tokens, {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"})
     options: dict[str, Any] = {"add_space_prefix": False, "add_bos_token": True, "add_eos_token": False}
-    scores = [piece.score for piece in model.pieces]
     return Vocabulary("llama", _out_of_reach(tokens, types), types, special, scores, options)
+
+
+def _gemma_of_tokenizer_json(checkpoint: Checkpoint) -> Vocabulary:
+    """transformers 5 saves no tokenizer.model. llama.cpp merges the two symbols whose piece has the best score, so a
+    piece's score is the rank of the merge that makes it; what no merge makes is kept out of reach."""
+    path = checkpoint.directory / "tokenizer.json"
+    if not path.is_file():
+        raise ConvertError(f"{checkpoint.directory}: neither tokenizer.model nor tokenizer.json there: copy "
+                           "tokenizer.model from the base model (google/gemma-2b)")  # fmt: skip
+    model: Any = checkpoint.json("tokenizer.json").get("model")
+    try:
+        if model["type"] != "BPE" or model.get("byte_fallback") is not True:
+            raise ValueError("its model is no BPE with byte_fallback")
+        by_id = {int(token_id): str(token) for token, token_id in model["vocab"].items()}
+        tokens = [by_id[token_id] for token_id in range(len(model["vocab"]))]
+        ranks = _merge_ranks(model["merges"])
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as exc:
+        raise ConvertError(f"{path}: no usable BPE vocabulary in it ({exc!r:.100}): copy tokenizer.model from the base "
+                           "model (google/gemma-2b)") from exc  # fmt: skip
+    added = _added_tokens(checkpoint)
+    types = [_gemma_type(token, ranks, added) for token in tokens]
+    return _gemma_vocabulary(checkpoint, tokens, types, [-float(ranks.get(token, 0)) for token in tokens])
+
+
+def _gemma_type(token: str, ranks: dict[str, int], added: dict[str, bool]) -> int:
+    if token == "<unk>":
+        return UNKNOWN
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return BYTE
+    if token in _STEERING or added.get(token):
+        return CONTROL
+    return NORMAL if len(token) == 1 or token in ranks or token in added else CONTROL
+
+
+def _merge_ranks(merges: list[Any]) -> dict[str, int]:
+    """Piece -> rank of the merges that make it. llama.cpp has one score for a piece: pieces whose merges lie among each
+    other's had the same one in tokenizer.model (runs of newlines, tags), and get the same rank."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        first.setdefault(left + right, rank)
+        last[left + right] = rank
+    ranks: dict[str, int] = {}
+    start, end = 0, -1
+    for piece, rank in first.items():
+        start, end = rank if rank > end else start, max(end, last[piece])
+        ranks[piece] = start
+    return ranks
 
 
 def _added_tokens(checkpoint: Checkpoint) -> dict[str, bool]:
     """Text of each added token of tokenizer.json or tokenizer_config.json -> whether it is marked as special."""
-    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
-    config = checkpoint.json("tokenizer_config.json")
-    added = [*added, *(config.get("added_tokens_decoder") or {}).values()]
+    added = [*entries(checkpoint, "tokenizer.json", "added_tokens", list),
+             *entries(checkpoint, "tokenizer_config.json", "added_tokens_decoder", dict).values()]  # fmt: skip
     return {str(token.get("content")): token.get("special") is True for token in added if isinstance(token, dict)}
 
 
