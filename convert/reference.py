@@ -5,8 +5,11 @@ extra) its logit, by transformers. Written apart from the server's code, so that
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -105,7 +108,9 @@ def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encod
         if (directory / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            path = directory / "tokenizer.json"
+            _try_in_child(str(path), path.stat().st_mtime_ns)
+            tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -114,8 +119,20 @@ def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encod
         return _open_sentencepiece(checkpoint, architecture)
     except ConvertError:
         raise
-    except Exception as exc:  # tokenizers raises bare Exception for a file that it cannot read
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # bare Exception for a file that tokenizers cannot read, or a panic of its Rust code
         raise ConvertError(f"{directory}: its tokenizer cannot be opened ({str(exc)[:150]})") from exc
+
+
+@lru_cache(maxsize=8)
+def _try_in_child(path: str, changed_ns: int) -> None:
+    """tokenizers ends the process for some files (a panic while it cleans up), so one opens the file first. Raises
+    ValueError with its last words. changed_ns: so that a file which changed is tried again."""
+    code = "import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode('Größe 東京 a')"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
 
 
 def _open_vocab_txt(checkpoint: Checkpoint) -> Encode:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CannotStartError, ConvertError
+from .errors import CannotStartError, ConvertError, check_names
 from .gguf_file import GgufFile
 from .job import Job
 from .models import ROOT
@@ -30,6 +30,7 @@ from .quantize import QUANTIZATIONS
 from .reference import PromptParts, ReferencePairs, transformers_logits
 from .samples import SAMPLES, Sample
 from .tensors import Tensor
+from .write import disk_error
 
 SERVER = ROOT / "rerank_server.py"
 ACCEL_LIBRARY = ROOT / "accel" / "lib" / "librerank_accel.so"
@@ -270,10 +271,18 @@ def f16_logits(path: Path, file: GgufFile, against: Job | None) -> tuple[list[fl
         return score_samples(sibling).logits, sibling.name
     if against is None:
         return None, ""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
+    with _scratch(path.parent) as folder:
         base = Path(folder) / "F16.gguf"
         against.write(base, half=True)
         return score_samples(base).logits, "F16, made from the checkpoint"
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Beside the file, where there is room for another; in the system's own folder where that is read-only."""
+    try:
+        return tempfile.TemporaryDirectory(dir=folder, prefix=".verify-")
+    except OSError:
+        return tempfile.TemporaryDirectory(prefix="verify-")
 
 
 def prompt_parts(file: GgufFile) -> PromptParts:
@@ -338,10 +347,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", action="store_true", help="score with transformers too (needs torch)")
     arguments = parser.parse_args(argv)
     try:
+        check_names(arguments.file, arguments.against)
         return run(arguments.file, arguments.against, arguments.reference)
     except ConvertError as exc:
         print(f"convert.verify: {exc}", file=sys.stderr)
         return exc.exit_status
+    except OSError as exc:
+        print(f"convert.verify: {disk_error(Path(exc.filename or arguments.file), exc)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .added import append_added_tokens, entries
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, refuse_stub
 from .errors import ConvertError
 from .models import Architecture
 
@@ -117,17 +117,22 @@ def _unigram_of_tokenizer_json(checkpoint: Checkpoint) -> tuple[list[tuple[str, 
         if content["model"]["type"] != "Unigram":
             raise ConvertError(f"{path}: its model is {content['model']['type']!r}, expected 'Unigram'")
         pieces = [(str(piece), float(score)) for piece, score in content["model"]["vocab"]]
-        charsmap = base64.b64decode(_find_charsmap(content["normalizer"]), validate=True)
-    except (KeyError, TypeError, ValueError) as exc:
+        table = _find_charsmap(content.get("normalizer"))
+        if not table:
+            raise ConvertError(f"{path}: no normalisation table in it (early releases of transformers 5 saved such "
+                               "files): copy sentencepiece.bpe.model of the base model beside it")  # fmt: skip
+        charsmap = base64.b64decode(table, validate=True)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
         raise ConvertError(f"{path}: no usable unigram vocabulary in it ({exc!r:.100})") from exc
     return pieces, charsmap
 
 
 def _find_charsmap(normalizer: Any) -> str:
-    for step in [normalizer, *(normalizer.get("normalizers") or [])]:
-        if step.get("type") == "Precompiled":
-            return str(step["precompiled_charsmap"])
-    raise KeyError("precompiled_charsmap")
+    inner = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    for step in [normalizer, *(inner if isinstance(inner, list) else [])]:
+        if isinstance(step, dict) and step.get("type") == "Precompiled":
+            return str(step.get("precompiled_charsmap") or "")
+    return ""
 
 
 # -- BERT: WordPiece ------------------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ def _wordpieces(checkpoint: Checkpoint) -> list[str]:
     for key, value in expected.items():
         if model.get(key, value) != value:
             raise ConvertError(f"{path}: model.{key} is {model[key]!r}, but only {value!r} can be converted")
-    by_id = {token_id: token for token, token_id in model["vocab"].items()}
+    by_id = {token_id if type(token_id) is int else -1: token for token, token_id in model["vocab"].items()}
     if sorted(by_id) != list(range(len(model["vocab"]))):
         raise ConvertError(f"{path}: the ids of its vocabulary are not 0 to {len(model['vocab']) - 1}")
     return [by_id[token_id] for token_id in range(len(by_id))]
@@ -182,7 +187,9 @@ def _wordpieces(checkpoint: Checkpoint) -> list[str]:
 def _read_vocab_txt(path: Path) -> list[str]:
     """One piece a line. Lines end with \\n alone: U+2028 and its like are pieces themselves."""
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        raw = path.read_bytes()
+        refuse_stub(path, raw)
+        lines = raw.decode("utf-8").split("\n")
     except (OSError, ValueError) as exc:
         raise ConvertError(f"{path}: cannot be read ({type(exc).__name__}); the checkpoint has no tokenizer") from exc
     return [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
@@ -342,7 +349,11 @@ def read_sentencepiece(path: Path) -> Any:
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        raw = path.read_bytes()
+        refuse_stub(path, raw)
+        model.ParseFromString(raw)
+    except ConvertError:
+        raise
     except Exception as exc:  # protobuf's DecodeError, whose module has no types, or OSError
         raise ConvertError(f"{path}: not a SentencePiece model ({str(exc)[:100]})") from exc
     if not model.pieces:
