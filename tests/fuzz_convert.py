@@ -73,6 +73,7 @@ def attempt(directory: Path) -> str:
 def main(directory: Path, seconds: float, n_tries: int, seed: int) -> int:
     generator, counts = random.Random(seed), Counter[str]()
     originals = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+    assert attempt(directory) == "converted", "the checkpoint must be good before it is changed"
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and counts.total() < n_tries:
         name = generator.choice(list(originals))
