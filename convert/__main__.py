@@ -194,7 +194,11 @@ def _name(text: str) -> str:
 
 def _parts(arguments: argparse.Namespace) -> PromptParts:
     given = {name: getattr(arguments, name) for name in ("prompt", "query_prefix", "passage_prefix")}
-    return PromptParts(**{name: text for name, text in given.items() if text is not None})
+    parts = {name: text for name, text in given.items() if text is not None}
+    for name, text in parts.items():
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise CannotStartError(f"--{name.replace('_', '-')}: not a text in UTF-8")
+    return PromptParts(**parts)
 
 
 def _parser() -> argparse.ArgumentParser:

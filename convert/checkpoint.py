@@ -24,6 +24,7 @@ FloatArray = npt.NDArray[np.float32]
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
 MAX_DIMENSIONS = 8
+MAX_NUMBER = 1e30  # a file holds float32
 MAX_JSON_BYTES = 100_000_000
 BLOCK_BYTES = 16 << 20  # float32 bytes of one row block
 _ITEM_BYTES = {
@@ -78,26 +79,26 @@ class Config:
     def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
         value = self.values.get(name, default)
         if type(value) is not int or not low <= value <= high:
-            raise ConvertError(f"{self.path}: {name} is {value!r}, expected an integer from {low} to {high}")
+            raise ConvertError(f"{self.path}: {name} is {value!r:.60}, expected an integer from {low} to {high}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConvertError(f"{self.path}: {name} is {value!r}, expected a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
+            raise ConvertError(f"{self.path}: {name} is {value!r:.60}, expected a positive number")
         return float(value)
 
     def expect(self, name: str, *allowed: Any) -> None:
         """A field may only have a value that llama.cpp computes the same way; the first allowed one is the default."""
         value = self.values.get(name, allowed[0])
         if value not in allowed:
-            raise ConvertError(f"{self.path}: {name} is {value!r}, but only {allowed[0]!r} can be converted")
+            raise ConvertError(f"{self.path}: {name} is {value!r:.60}, but only {allowed[0]!r} can be converted")
 
     @property
     def architecture(self) -> str:
         names = self.values.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-            raise CannotStartError(f"{self.path}: architectures is {names!r}, expected a list of one name")
+            raise CannotStartError(f"{self.path}: architectures is {names!r:.60}, expected a list of one name")
         return names[0]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .added import append_added_tokens, entries
-from .checkpoint import Checkpoint, refuse_stub
+from .checkpoint import MAX_NUMBER, Checkpoint, refuse_stub
 from .errors import ConvertError
 from .models import Architecture
 
@@ -59,10 +59,15 @@ def _check(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
             vocabulary.scores.append(0.0)
     seen: dict[str, int] = {}
     for token_id, token in enumerate(vocabulary.tokens):
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise ConvertError(f"{checkpoint.directory}: token {token_id} {token!r:.80} is no text")
         if not token or "\0" in token or token in seen:
             problem = f"the same token as {seen[token]}" if token in seen else "an empty token or one with a NUL"
             raise ConvertError(f"{checkpoint.directory}: token {token_id} {token!r:.80} is {problem}")
         seen[token] = token_id
+    for token, score in zip(vocabulary.tokens, vocabulary.scores, strict=bool(vocabulary.scores)):
+        if not abs(score) < MAX_NUMBER:
+            raise ConvertError(f"{checkpoint.directory}: the score of {token!r:.60} is {score!r}")
     for name, token_id in vocabulary.special.items():
         if not 0 <= token_id < size:
             raise ConvertError(f"{checkpoint.directory}: the {name} token's id {token_id} is outside the vocabulary")
@@ -267,7 +272,7 @@ def _gemma_of_tokenizer_json(checkpoint: Checkpoint) -> Vocabulary:
         by_id = {int(token_id): str(token) for token, token_id in model["vocab"].items()}
         tokens = [by_id[token_id] for token_id in range(len(model["vocab"]))]
         ranks = _merge_ranks(model["merges"])
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as exc:
+    except (AttributeError, KeyError, IndexError, OverflowError, TypeError, ValueError) as exc:
         raise ConvertError(f"{path}: no usable BPE vocabulary in it ({exc!r:.100}): copy tokenizer.model from the base "
                            "model (google/gemma-2b)") from exc  # fmt: skip
     added = _added_tokens(checkpoint)

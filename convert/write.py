@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .added import found_in_texts
-from .checkpoint import Checkpoint, FloatArray
+from .checkpoint import Checkpoint, Config, FloatArray
 from .errors import CannotStartError, ConvertError
 from .models import (
     BI_ENCODER,
@@ -101,8 +101,12 @@ def _gemma(checkpoint: Checkpoint) -> Metadata:
         "attention.key_length": head_dimension(config),
         "attention.value_length": head_dimension(config),
         "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
-        "rope.freq_base": float(theta) if isinstance(theta, int | float) else config.number("rope_theta", 10000.0),
+        "rope.freq_base": config.number("rope_theta", 10000.0) if theta is None else _number(config, theta),
     }
+
+
+def _number(config: Config, theta: Any) -> float:
+    return Config(config.path, {"rope_parameters.rope_theta": theta}).number("rope_parameters.rope_theta")
 
 
 def _tokenizer(vocabulary: Vocabulary) -> Metadata:
