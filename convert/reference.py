@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -113,7 +114,7 @@ def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encod
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+            return _careful(directory, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
         if architecture.tokenizer == "bert":
             return _open_vocab_txt(checkpoint)
         return _open_sentencepiece(checkpoint, architecture)
@@ -123,6 +124,20 @@ def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encod
         raise
     except BaseException as exc:  # bare Exception for a file that tokenizers cannot read, or a panic of its Rust code
         raise ConvertError(f"{directory}: its tokenizer cannot be opened ({str(exc)[:150]})") from exc
+
+
+def _careful(directory: Path, encode: Encode) -> Encode:
+    """A tokenizer may open and still fail at a text: an unknown character where unk_id is missing."""
+
+    def careful(text: str) -> list[int]:
+        try:
+            return encode(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # a panic of its Rust code is no Exception
+            raise ConvertError(f"{directory}: its tokenizer fails at a text ({str(exc)[:150]})") from exc
+
+    return careful
 
 
 @lru_cache(maxsize=8)
