@@ -8,19 +8,23 @@ scored by the server's own code beside the F16 file, and only then gets its name
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from . import choose, download, models, verify
-from .errors import CannotStartError, ConvertError
+from .errors import CannotStartError, ConvertError, check_names
 from .job import Job
 from .quantize import QUANTIZATIONS, REFUSED, Quantization, find_quantization, quantize
+from .reference import PromptParts
 from .verify import Report, Scored
 from .write import disk_error, file_bytes
 
@@ -32,13 +36,13 @@ class Output:
     """Names of the files, and their `.part`s: whatever is not finished at the end of a run is removed."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+        self._folder, self._name, self._parts = folder, name, folder
 
     def final(self, quantization: Quantization) -> Path:
         return self._folder / f"{self._name}-{quantization.name}.gguf"
 
     def part(self, quantization: Quantization) -> Path:
-        return self._folder / f"{self._name}-{quantization.name}.gguf.part"
+        return self._parts / f"{self._name}-{quantization.name}.gguf.part"
 
     @property
     def choice(self) -> Path:
@@ -51,33 +55,52 @@ class Output:
             os.fsync(file.fileno())
         part.replace(self.final(quantization))
 
-    def remove_parts(self) -> None:
-        for quantization in QUANTIZATIONS.values():
-            self.part(quantization).unlink(missing_ok=True)
+    def _remove_abandoned(self) -> None:
+        """Of runs that were killed. One that still works holds the lock of its folder."""
+        for folder in self._folder.glob(".*.part"):
+            with suppress(OSError), _locked(folder):
+                shutil.rmtree(folder)
+        for quantization in QUANTIZATIONS.values():  # of an older version
+            (self._folder / f"{self._name}-{quantization.name}.gguf.part").unlink(missing_ok=True)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self.remove_parts()  # of a run that was killed
+            self._remove_abandoned()
+            self._parts = Path(tempfile.mkdtemp(prefix=f".{self._name}-", suffix=".part", dir=self._folder))
         except OSError as exc:
             raise CannotStartError(f"--out {self._folder}: cannot be written ({exc.strerror})") from exc
         try:
-            yield
+            with _locked(self._parts):
+                yield
         finally:
-            self.remove_parts()
+            shutil.rmtree(self._parts, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError where another process holds it; the kernel gives it back when that ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def convert(arguments: argparse.Namespace) -> int:
     """The steps, in order. Raises ConvertError."""
+    check_names(Path(arguments.source), arguments.out)
     source = models.find_source(arguments.source)
+    name = _name(arguments.name) if arguments.name else source.name
     wanted = [find_quantization(name) for name in arguments.quant or source.candidates or [source.quantization]]
     quantizations, is_choosing = list(dict.fromkeys(wanted)), not arguments.quant and len(wanted) > 1
     if arguments.keep_f16 and F16 not in quantizations:
         quantizations.append(F16)
     fetched = download.fetch(source, arguments.revision)
-    job = Job.open(fetched.directory, source.repo or source.name, fetched.revision)
-    output = Output(arguments.out, source.name)
+    job = Job.open(fetched.directory, source.repo or name, fetched.revision, _parts(arguments))
+    output = Output(arguments.out, name)
     with output.opened():
         _check_disk_space(arguments.out, job, quantizations)
         base = write_base(job, output, source in models.NAMED.values())
@@ -122,7 +145,7 @@ def write_base(job: Job, output: Output, named: bool) -> Scored:
     part = output.part(F16)
     job.write(part, half=True)
     verify.check_structure(part, job.tensors)
-    scored = verify.score_samples(part)
+    scored = verify.score_samples(part, job.samples)
     margin = verify.relevance_margin(scored.logits)
     if margin < verify.CLEAR_MARGIN:
         problem = f"in float16, relevant passages score only {margin:.2f} logits above irrelevant ones on average"
@@ -143,8 +166,9 @@ def convert_one(job: Job, output: Output, base: Scored, quantization: Quantizati
             print(f"convert: {output.final(quantization).name}: {note}", file=sys.stderr)
     file = verify.check_structure(part, job.tensors)
     scored = base if quantization is F16 else None
-    expected = verify.expected_ids(job.pairs)
-    report = verify.examine(part, output.final(quantization).name, file, expected, base.logits, scored)
+    expected = verify.expected_ids(job.pairs, job.samples)
+    name = output.final(quantization).name
+    report = verify.examine(part, name, file, expected, base.logits, scored, job.samples)
     if not report.problem:
         file.record(report.verification())
     return report
@@ -162,6 +186,21 @@ def _check_disk_space(folder: Path, job: Job, quantizations: Sequence[Quantizati
         )
 
 
+def _name(text: str) -> str:
+    if text.startswith(".") or not re.fullmatch(r"[\w.+-]{1,200}", text):
+        raise CannotStartError(f"--name {text!r:.60}: expected letters, digits, and any of . _ + -")
+    return text
+
+
+def _parts(arguments: argparse.Namespace) -> PromptParts:
+    given = {name: getattr(arguments, name) for name in ("prompt", "query_prefix", "passage_prefix")}
+    parts = {name: text for name, text in given.items() if text is not None}
+    for name, text in parts.items():
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise CannotStartError(f"--{name.replace('_', '-')}: not a text in UTF-8")
+    return PromptParts(**parts)
+
+
 def _parser() -> argparse.ArgumentParser:
     refused = ", ".join(REFUSED)
     parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face checkpoint -> verified GGUF.")
@@ -173,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=models.MODELS, metavar="DIR", help="default: models/")
     parser.add_argument("--revision", metavar="SHA", help="commit to download (default: the one this version pins)")
     parser.add_argument("--keep-f16", action="store_true", help="keep the F16 file too")
+    parser.add_argument("--name", metavar="NAME", help="first part of the files' names (default: the directory's name)")
+    gemma = parser.add_argument_group("for a Gemma reranker that was trained with other texts than the original's")
+    gemma.add_argument("--prompt", metavar="TEXT", help="the question after query and passage")
+    gemma.add_argument("--query-prefix", metavar="TEXT", help="before the query (default: 'A: ')")
+    gemma.add_argument("--passage-prefix", metavar="TEXT", help="before the passage (default: 'B: ')")
     return parser
 
 

@@ -24,6 +24,7 @@ FloatArray = npt.NDArray[np.float32]
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
 MAX_DIMENSIONS = 8
+MAX_NUMBER = 1e30  # a file holds float32
 MAX_JSON_BYTES = 100_000_000
 BLOCK_BYTES = 16 << 20  # float32 bytes of one row block
 _ITEM_BYTES = {
@@ -34,12 +35,22 @@ READABLE = ("F32", "F16", "BF16")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.ckpt")
 
 
+def refuse_stub(path: Path, start: bytes) -> None:
+    """Raises ConvertError for what a clone without git-lfs or a download behind a login leaves in a file's place."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ConvertError(f"{path}: a Git LFS pointer, not the file: run `git lfs pull` in that directory")
+    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        raise ConvertError(f"{path}: an HTML page, not the file: download it again (is a login needed?)")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint. Raises ConvertError naming the file; a key given twice is refused."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConvertError(f"{path}: {path.stat().st_size:,} bytes are no plausible JSON file")
-        value = _parse_json(path.read_bytes())
+        raw = path.read_bytes()
+        refuse_stub(path, raw)
+        value = _parse_json(raw)
     except (OSError, ValueError, RecursionError) as exc:
         raise ConvertError(f"{path}: cannot be read as JSON ({type(exc).__name__}: {str(exc)[:120]})") from exc
     if not isinstance(value, dict):
@@ -68,26 +79,26 @@ class Config:
     def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 1 << 24) -> int:
         value = self.values.get(name, default)
         if type(value) is not int or not low <= value <= high:
-            raise ConvertError(f"{self.path}: {name} is {value!r}, expected an integer from {low} to {high}")
+            raise ConvertError(f"{self.path}: {name} is {value!r:.60}, expected an integer from {low} to {high}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConvertError(f"{self.path}: {name} is {value!r}, expected a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
+            raise ConvertError(f"{self.path}: {name} is {value!r:.60}, expected a positive number")
         return float(value)
 
     def expect(self, name: str, *allowed: Any) -> None:
         """A field may only have a value that llama.cpp computes the same way; the first allowed one is the default."""
         value = self.values.get(name, allowed[0])
         if value not in allowed:
-            raise ConvertError(f"{self.path}: {name} is {value!r}, but only {allowed[0]!r} can be converted")
+            raise ConvertError(f"{self.path}: {name} is {value!r:.60}, but only {allowed[0]!r} can be converted")
 
     @property
     def architecture(self) -> str:
         names = self.values.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-            raise CannotStartError(f"{self.path}: architectures is {names!r}, expected a list of one name")
+            raise CannotStartError(f"{self.path}: architectures is {names!r:.60}, expected a list of one name")
         return names[0]
 
 
@@ -115,6 +126,7 @@ class Checkpoint:
     def open(directory: Path) -> Checkpoint:
         """Reads and checks config.json and every safetensors header. Raises ConvertError naming the file."""
         path = directory / "config.json"
+        _refuse_adapter(directory)
         if not path.is_file():
             raise CannotStartError(f"{directory}: no config.json there, so it is no checkpoint directory")
         config = Config(path, read_json(path))
@@ -189,6 +201,19 @@ def _read_index(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _refuse_adapter(directory: Path) -> None:
+    """A LoRA's output folder holds differences from a base model, not a model."""
+    path = directory / "adapter_config.json"
+    if not path.is_file() or (directory / "model.safetensors").is_file() or any(directory.glob("model-*.safetensors")):
+        return
+    base, merged = read_json(path).get("base_model_name_or_path"), directory / "merged_model"
+    remedy = f"convert {merged}" if merged.is_dir() else (
+        "merge the two (FlagEmbedding: --save_merged_lora_model True; peft: merge_and_unload, then save_pretrained) "
+        "and convert the merged_model/ that this makes"
+    )
+    raise CannotStartError(f"{directory}: a LoRA adapter of {base!r:.100}, not a whole model: {remedy}")
+
+
 def _no_weights(directory: Path) -> ConvertError:
     pickle = next((name for name in PICKLES if (directory / name).exists()), None)
     if pickle:
@@ -216,9 +241,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     leave the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        refuse_stub(path, file.read(64))
+        file.seek(0)
         prefix = file.read(8)
-        if prefix.startswith(b"version "):
-            raise ConvertError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in that directory")
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise ConvertError(f"{path}: truncated or no safetensors file (header of {length:,} bytes in {size:,})")

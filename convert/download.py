@@ -20,7 +20,7 @@ from .models import Source, Wheel
 CHECKPOINT_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model", "sentence_bert_config.json",
-    "1_Pooling/config.json",
+    "1_Pooling/config.json", "added_tokens.json",
 )  # fmt: skip
 HUB_TIMEOUT_S = 20
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -51,6 +51,8 @@ def fetch(source: Source, revision: str | None) -> Fetched:
 
 def recorded_revision(directory: Path) -> str:
     """The commit that a `git clone` or a `hf download --local-dir` left on record; "" without one."""
+    if directory.parent.name == "snapshots" and _SHA.fullmatch(directory.name):
+        return directory.name  # Hugging Face's cache
     try:
         head = (directory / ".git" / "HEAD").read_text().strip()
         if head.startswith("ref: "):

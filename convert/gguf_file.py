@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
+from .checkpoint import refuse_stub
 from .errors import ConvertError
 
 MAX_COUNT = 1 << 24  # keys, tensors, array elements: more is a damaged header
@@ -61,6 +62,8 @@ class GgufFile:
         """Raises ConvertError for what is no GGUF file, a damaged or a truncated one."""
         try:
             with path.open("rb") as stream:
+                refuse_stub(path, stream.read(64))
+                stream.seek(0)
                 return _Reader(path, stream).read()
         except OSError as exc:
             raise ConvertError(f"{path}: cannot be read ({exc.strerror or exc})") from exc

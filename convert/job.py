@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .added import found_in_texts
 from .checkpoint import Checkpoint
 from .models import Architecture
-from .reference import ReferencePairs
+from .reference import GEMMA_PARTS, PromptParts, ReferencePairs
+from .samples import SAMPLES, Sample, samples_with
 from .tensors import Tensor, find_architecture, plan
 from .vocab import read_vocabulary
 from .write import Metadata, model_metadata, write_file
@@ -20,17 +22,21 @@ class Job:
     tensors: list[Tensor]
     metadata: Metadata
     pairs: ReferencePairs
+    samples: tuple[Sample, ...] = SAMPLES  # what its files are checked with
 
     @staticmethod
-    def open(directory: Path, source: str = "", revision: str = "") -> Job:
+    def open(
+        directory: Path, source: str = "", revision: str = "", parts: PromptParts = GEMMA_PARTS
+    ) -> Job:
         """source: recorded in the file, the directory's name by default. Raises ConvertError."""
         checkpoint = Checkpoint.open(directory)
         architecture = find_architecture(checkpoint)
         tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
         source = source or directory.resolve().name
-        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision)
-        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
-        return Job(checkpoint, architecture, tensors, metadata, pairs)
+        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision, parts)
+        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"], parts)
+        samples = samples_with(found_in_texts(vocabulary))
+        return Job(checkpoint, architecture, tensors, metadata, pairs, samples)
 
     def write(self, path: Path, half: bool) -> None:
         """Writes an F16 (half) or F32 file. Raises ConvertError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,10 @@ MINI_OVERLAP_SCALE = 2.927
 MINI_COSINE_BIAS = -3.982
 
 
+# Hugging Face's cache: models--OWNER--NAME/snapshots/COMMIT
+_HUB_CACHE = re.compile(r"models--(.+?)--(.+)")
+
+
 def find_source(text: str) -> Source:
     """SOURCE of the command line: m3, gemma, mini, a checkpoint directory, or a Hub id. Raises CannotStartError."""
     if text in NAMED:
@@ -102,7 +107,13 @@ def find_source(text: str) -> Source:
     directory = Path(text)
     if directory.is_dir():
         return _source_of_directory(directory.resolve())
+    if text.endswith(".gguf"):
+        raise CannotStartError(f"{text}: a GGUF file already: serve it with --m3 {text} (or --gemma)")
+    if directory.exists():
+        raise CannotStartError(f"{text}: a file; name the checkpoint's directory")
     owner, _, name = text.partition("/")
+    if owner and name and Path(owner).is_dir():
+        raise CannotStartError(f"{text}: no such directory")
     if not owner or not name or "/" in name or owner.startswith(".") or name.startswith("."):
         raise CannotStartError(
             f"{text!r} is neither {', '.join(NAMED)}, nor a directory that exists, nor a Hub id "
@@ -114,7 +125,10 @@ def find_source(text: str) -> Source:
 
 def _source_of_directory(directory: Path) -> Source:
     """A directory named like a known model's is that model: its default quantisation and Hub id apply."""
-    known = next((source for source in NAMED.values() if source.directory.name == directory.name), None)
+    cached = _HUB_CACHE.fullmatch(directory.parent.parent.name) if directory.parent.name == "snapshots" else None
+    repo = "/".join(cached.groups()) if cached else ""
+    name = cached[2] if cached else directory.name
+    known = next((source for source in NAMED.values() if source.directory.name == name), None)
     if known and known.wheel is None:
         return Source(known.name, known.repo, directory, known.quantization, candidates=known.candidates)
-    return Source(directory.name, "", directory)
+    return Source(name, repo, directory)

@@ -5,7 +5,12 @@ extra) its logit, by transformers. Written apart from the server's code, so that
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -14,12 +19,23 @@ from .models import BI_ENCODER, MINI_COSINE_BIAS, MINI_COSINE_SCALE, MINI_OVERLA
 from .vocab import Vocabulary, bert_normalization, read_sentencepiece
 
 MAX_LENGTH_TOKENS = 512  # of rerank.check_ids
-QUERY_PREFIX, PASSAGE_PREFIX, SEPARATOR = "A: ", "B: ", "\n"
-PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker
+GEMMA_PROMPT = (  # FlagEmbedding 1.4.2, FlagLLMReranker
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
 )
 
+
+@dataclass(frozen=True)
+class PromptParts:
+    """What a yes-logit model was trained to read around query and passage (FlagEmbedding's options of these names)."""
+
+    prompt: str = GEMMA_PROMPT
+    query_prefix: str = "A: "
+    passage_prefix: str = "B: "
+    separator: str = "\n"
+
+
+GEMMA_PARTS = PromptParts()
 COMMON_WORDS = "the of and in to was he is as for"  # ids 1996 to 2005 of BERT's uncased vocabulary
 
 Encode = Callable[[str], list[int]]
@@ -50,9 +66,11 @@ class ReferencePairs:
     """Token ids of pairs as FlagEmbedding 1.4.2 (cross-encoders, yes-logit) and sentence-transformers build them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, longest: int
+        self, checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, longest: int,
+        parts: PromptParts = GEMMA_PARTS,
     ) -> None:
         """longest: tokens that the model takes. Raises ConvertError when the tokenizer cannot be opened."""
+        self._parts = parts
         self._kind, self._special, self._longest = architecture.kind, vocabulary.special, longest
         self._separators = 2 if architecture.tokenizer == "t5" else 1
         self.encode = _open_tokenizer(checkpoint, architecture)
@@ -76,9 +94,10 @@ class ReferencePairs:
 
     def _prompt_ids(self, query: str, passage: str, limit: int) -> list[int]:
         """prepare_for_model(..., truncation="only_second", max_length + len(separator) + len(prompt)), then the end."""
-        separator, prompt = self.encode(SEPARATOR), self.encode(PROMPT)
-        head = [self._special["bos"], *self.encode(QUERY_PREFIX + query)[: limit * 3 // 4]]
-        body = [*separator, *self.encode(PASSAGE_PREFIX + passage)[:limit]]
+        parts = self._parts
+        separator, prompt = self.encode(parts.separator), self.encode(parts.prompt)
+        head = [self._special["bos"], *self.encode(parts.query_prefix + query)[: limit * 3 // 4]]
+        body = [*separator, *self.encode(parts.passage_prefix + passage)[:limit]]
         room = limit + len(separator) + len(prompt) - len(head)
         return [*head, *body[: max(len(separator), room)], *separator, *prompt]
 
@@ -90,17 +109,45 @@ def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encod
         if (directory / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            path = directory / "tokenizer.json"
+            _try_in_child(str(path), path.stat().st_mtime_ns)
+            tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+            return _careful(directory, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
         if architecture.tokenizer == "bert":
             return _open_vocab_txt(checkpoint)
         return _open_sentencepiece(checkpoint, architecture)
     except ConvertError:
         raise
-    except Exception as exc:  # tokenizers raises bare Exception for a file that it cannot read
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # bare Exception for a file that tokenizers cannot read, or a panic of its Rust code
         raise ConvertError(f"{directory}: its tokenizer cannot be opened ({str(exc)[:150]})") from exc
+
+
+def _careful(directory: Path, encode: Encode) -> Encode:
+    """A tokenizer may open and still fail at a text: an unknown character where unk_id is missing."""
+
+    def careful(text: str) -> list[int]:
+        try:
+            return encode(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # a panic of its Rust code is no Exception
+            raise ConvertError(f"{directory}: its tokenizer fails at a text ({str(exc)[:150]})") from exc
+
+    return careful
+
+
+@lru_cache(maxsize=8)
+def _try_in_child(path: str, changed_ns: int) -> None:
+    """tokenizers ends the process for some files (a panic while it cleans up), so one opens the file first. Raises
+    ValueError with its last words. changed_ns: so that a file which changed is tried again."""
+    code = "import sys, tokenizers; tokenizers.Tokenizer.from_file(sys.argv[1]).encode('Größe 東京 a')"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
 
 
 def _open_vocab_txt(checkpoint: Checkpoint) -> Encode:

@@ -4,6 +4,7 @@ answers it and one that clearly does not. Written for this project; they measure
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -61,3 +62,18 @@ SAMPLES = tuple(
     for language, query, answer, other in _QUESTIONS
     for relevant, passage in ((True, answer), (False, other))
 )
+
+
+TOKENS_A_SAMPLE = 16
+
+
+def samples_with(added: Sequence[str]) -> tuple[Sample, ...]:
+    """The pairs, and more that hold every token which a fine-tune added: alone, inside a word, before a comma."""
+    groups = (added[start : start + TOKENS_A_SAMPLE] for start in range(0, len(added), TOKENS_A_SAMPLE))
+    more = (Sample("added", True, " ".join(group), passage_with(group)) for group in groups)
+    return (*SAMPLES, *more)
+
+
+def passage_with(added: Sequence[str]) -> str:
+    """A text in which every token stands in each of the places where it must be found."""
+    return " ".join(f"about {token} today, a{token}b, {token}{token}." for token in added)

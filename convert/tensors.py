@@ -5,6 +5,7 @@ Strict: a tensor that is missing, that nothing maps, or whose shape contradicts 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,10 +79,24 @@ def _modern_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
+def _missing(checkpoint: Checkpoint, names: dict[str, str], wanted: str) -> ConvertError:
+    """Names what may be meant: a key with a prefix, or the head that an embedding model does not have."""
+    path, found = checkpoint.directory, next((name for name in names if name.endswith(f".{wanted}")), None)
+    if found:
+        prefix = found.removesuffix(wanted)
+        return ConvertError(f"{path}: tensor {wanted} is missing, but {names[found]} is there: take {prefix!r} off the "
+                            "keys, or save the inner model again (save_pretrained)")  # fmt: skip
+    if wanted.startswith("classifier") and not any(name.startswith("classifier") for name in names):
+        return ConvertError(f"{path}: tensor {wanted} is missing: it has no classification head, so it is no reranker "
+                            "(an embedding model, or the encoder of one)")  # fmt: skip
+    near = difflib.get_close_matches(wanted, names, 1)
+    return ConvertError(f"{path}: tensor {wanted} is missing{f' (nearest: {names[near[0]]})' if near else ''}")
+
+
 def _match(checkpoint: Checkpoint, names: dict[str, str], tensor: Tensor) -> Tensor:
     stored = names.get(tensor.source)
     if stored is None:
-        raise ConvertError(f"{checkpoint.directory}: tensor {tensor.source} is missing")
+        raise _missing(checkpoint, names, tensor.source)
     info = checkpoint.tensors[stored]
     expected = (tensor.shape[0] + tensor.first_row, *tensor.shape[1:])
     if info.shape != expected:
@@ -171,8 +186,12 @@ def _check_heads(config: Config) -> None:
 def _head(config: Config, dense: str, output: str) -> Iterator[Tensor]:
     """One label: a relevance logit. llama.cpp's RANK pooling is cls (dense, tanh), then cls.output."""
     labels = config.values.get("id2label", {"0": ""})
-    if not isinstance(labels, dict) or len(labels) != 1 or config.values.get("num_labels", 1) != 1:
+    if not isinstance(labels, dict):
+        raise ConvertError(f"{config.path}: id2label is {labels!r:.60}, expected an object of one label")
+    if len(labels) != 1:
         raise ConvertError(f"{config.path}: id2label has {len(labels)} labels; a reranker has one, its relevance logit")
+    if config.values.get("num_labels", 1) != 1:
+        raise ConvertError(f"{config.path}: num_labels is {config.values['num_labels']!r:.60}, but id2label has one")
     hidden = config.integer("hidden_size")
     yield from _with_bias("cls", dense, (hidden, hidden))
     for tensor in _with_bias("cls.output", output, (1, hidden)):

@@ -8,6 +8,7 @@ file's. `python -m convert` does the same before a file gets its name.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -21,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CannotStartError, ConvertError
+from .errors import CannotStartError, ConvertError, check_names
 from .gguf_file import GgufFile
 from .job import Job
 from .models import ROOT
 from .quantize import QUANTIZATIONS
-from .reference import ReferencePairs, transformers_logits
+from .reference import PromptParts, ReferencePairs, transformers_logits
 from .samples import SAMPLES, Sample
 from .tensors import Tensor
+from .write import disk_error
 
 SERVER = ROOT / "rerank_server.py"
 ACCEL_LIBRARY = ROOT / "accel" / "lib" / "librerank_accel.so"
@@ -139,7 +141,8 @@ def _parse_scores(path: Path, output: str, n_pairs: int) -> Scored:
 
 
 def compare(logits: Sequence[float], reference: Sequence[float], limit: float) -> Comparison:
-    """logits, reference: of SAMPLES, in their order."""
+    """logits, reference: of SAMPLES, in their order; those of further pairs are left out."""
+    logits, reference = logits[: len(SAMPLES)], reference[: len(SAMPLES)]
     differences = [abs(left - right) for left, right in zip(logits, reference, strict=True)]
     mean = statistics.fmean(differences)
     spread = statistics.pstdev(reference)
@@ -149,9 +152,10 @@ def compare(logits: Sequence[float], reference: Sequence[float], limit: float) -
 
 
 def relevance_margin(logits: Sequence[float], samples: Sequence[Sample] = SAMPLES) -> float:
-    """Mean logit of the relevant passages minus that of the irrelevant ones."""
+    """Mean logit of the relevant passages minus that of the irrelevant ones. logits: of samples, and any others."""
+    pairs = list(zip(logits[: len(samples)], samples, strict=True))
     relevant, irrelevant = (
-        statistics.fmean(logit for logit, sample in zip(logits, samples, strict=True) if sample.relevant is wanted)
+        statistics.fmean(logit for logit, sample in pairs if sample.relevant is wanted)
         for wanted in (True, False)
     )
     return relevant - irrelevant
@@ -193,9 +197,10 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def examine(path: Path, name: str, file: GgufFile, expected_ids: Sequence[Sequence[int]] | None,
-            reference: Sequence[float] | None, scored: Scored | None = None) -> Report:  # fmt: skip
+            reference: Sequence[float] | None, scored: Scored | None = None,
+            samples: Sequence[Sample] = SAMPLES) -> Report:  # fmt: skip
     """Scores a file and compares. expected_ids: the reference's; reference: the F16 file's logits; None: unknown."""
-    scored = scored or score_samples(path)
+    scored = scored or score_samples(path, samples)
     quantization = str(file.metadata["rerank.quantization"])
     limit = QUANTIZATIONS[quantization].drift_limit if quantization in QUANTIZATIONS else math.inf
     equal = None
@@ -266,17 +271,34 @@ def f16_logits(path: Path, file: GgufFile, against: Job | None) -> tuple[list[fl
         return score_samples(sibling).logits, sibling.name
     if against is None:
         return None, ""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
+    with _scratch(path.parent) as folder:
         base = Path(folder) / "F16.gguf"
         against.write(base, half=True)
         return score_samples(base).logits, "F16, made from the checkpoint"
 
 
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Beside the file, where there is room for another; in the system's own folder where that is read-only."""
+    try:
+        return tempfile.TemporaryDirectory(dir=folder, prefix=".verify-")
+    except OSError:
+        return tempfile.TemporaryDirectory(prefix="verify-")
+
+
+def prompt_parts(file: GgufFile) -> PromptParts:
+    """What the file says that its pairs are made with; a file without it is read with Gemma's."""
+    stored = {field.name: file.metadata.get(f"rerank.{field.name}") for field in dataclasses.fields(PromptParts)}
+    return PromptParts(**{name: value for name, value in stored.items() if isinstance(value, str)})
+
+
 def run(path: Path, checkpoint: Path | None, with_transformers: bool) -> int:
     if with_transformers and not checkpoint:
         raise CannotStartError("--reference needs --against CHECKPOINT, the directory that the file was made from")
-    against = Job.open(checkpoint) if checkpoint else None
-    file = check_structure(path, against.tensors if against else ())
+    file = check_structure(path)
+    against = Job.open(checkpoint, parts=prompt_parts(file)) if checkpoint else None
+    if against:
+        file = check_structure(path, against.tensors)
+    samples = against.samples if against else SAMPLES
     columns: dict[str, Sequence[float]] = {}
     if against and with_transformers:
         texts = [(sample.query, sample.passage) for sample in SAMPLES]
@@ -286,7 +308,8 @@ def run(path: Path, checkpoint: Path | None, with_transformers: bool) -> int:
     reference, origin = f16_logits(path, file, against)
     if reference is not None:
         columns["F16"] = reference
-    report = examine(path, path.name, file, expected_ids(against.pairs) if against else None, reference)
+    expected = expected_ids(against.pairs, samples) if against else None
+    report = examine(path, path.name, file, expected, reference, samples=samples)
     columns[report.quantization if report.quantization != "F16" else "this file"] = report.scored.logits
     reports = [report]
     if ACCEL_LIBRARY.is_file():
@@ -324,10 +347,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", action="store_true", help="score with transformers too (needs torch)")
     arguments = parser.parse_args(argv)
     try:
+        check_names(arguments.file, arguments.against)
         return run(arguments.file, arguments.against, arguments.reference)
     except ConvertError as exc:
         print(f"convert.verify: {exc}", file=sys.stderr)
         return exc.exit_status
+    except OSError as exc:
+        print(f"convert.verify: {disk_error(Path(exc.filename or arguments.file), exc)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -7,12 +7,14 @@ server), so whatever looks special is CONTROL, and an untrusted passage cannot s
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .added import append_added_tokens, entries
+from .checkpoint import MAX_NUMBER, Checkpoint, refuse_stub
 from .errors import ConvertError
 from .models import Architecture
 
@@ -37,6 +39,8 @@ class Vocabulary:
 def read_vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Vocabulary:
     """Raises ConvertError naming the file and what is wrong in it."""
     vocabulary = _READERS[architecture.tokenizer](checkpoint)
+    if architecture.tokenizer in ("t5", "bert", "llama"):
+        append_added_tokens(checkpoint, vocabulary)
     _check(checkpoint, vocabulary)
     return vocabulary
 
@@ -55,10 +59,15 @@ def _check(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
             vocabulary.scores.append(0.0)
     seen: dict[str, int] = {}
     for token_id, token in enumerate(vocabulary.tokens):
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise ConvertError(f"{checkpoint.directory}: token {token_id} {token!r:.80} is no text")
         if not token or "\0" in token or token in seen:
             problem = f"the same token as {seen[token]}" if token in seen else "an empty token or one with a NUL"
             raise ConvertError(f"{checkpoint.directory}: token {token_id} {token!r:.80} is {problem}")
         seen[token] = token_id
+    for token, score in zip(vocabulary.tokens, vocabulary.scores, strict=bool(vocabulary.scores)):
+        if not abs(score) < MAX_NUMBER:
+            raise ConvertError(f"{checkpoint.directory}: the score of {token!r:.60} is {score!r}")
     for name, token_id in vocabulary.special.items():
         if not 0 <= token_id < size:
             raise ConvertError(f"{checkpoint.directory}: the {name} token's id {token_id} is outside the vocabulary")
@@ -113,17 +122,22 @@ def _unigram_of_tokenizer_json(checkpoint: Checkpoint) -> tuple[list[tuple[str, 
         if content["model"]["type"] != "Unigram":
             raise ConvertError(f"{path}: its model is {content['model']['type']!r}, expected 'Unigram'")
         pieces = [(str(piece), float(score)) for piece, score in content["model"]["vocab"]]
-        charsmap = base64.b64decode(_find_charsmap(content["normalizer"]), validate=True)
-    except (KeyError, TypeError, ValueError) as exc:
+        table = _find_charsmap(content.get("normalizer"))
+        if not table:
+            raise ConvertError(f"{path}: no normalisation table in it (early releases of transformers 5 saved such "
+                               "files): copy sentencepiece.bpe.model of the base model beside it")  # fmt: skip
+        charsmap = base64.b64decode(table, validate=True)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
         raise ConvertError(f"{path}: no usable unigram vocabulary in it ({exc!r:.100})") from exc
     return pieces, charsmap
 
 
 def _find_charsmap(normalizer: Any) -> str:
-    for step in [normalizer, *(normalizer.get("normalizers") or [])]:
-        if step.get("type") == "Precompiled":
-            return str(step["precompiled_charsmap"])
-    raise KeyError("precompiled_charsmap")
+    inner = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    for step in [normalizer, *(inner if isinstance(inner, list) else [])]:
+        if isinstance(step, dict) and step.get("type") == "Precompiled":
+            return str(step.get("precompiled_charsmap") or "")
+    return ""
 
 
 # -- BERT: WordPiece ------------------------------------------------------------------------------------------------
@@ -169,7 +183,7 @@ def _wordpieces(checkpoint: Checkpoint) -> list[str]:
     for key, value in expected.items():
         if model.get(key, value) != value:
             raise ConvertError(f"{path}: model.{key} is {model[key]!r}, but only {value!r} can be converted")
-    by_id = {token_id: token for token, token_id in model["vocab"].items()}
+    by_id = {token_id if type(token_id) is int else -1: token for token, token_id in model["vocab"].items()}
     if sorted(by_id) != list(range(len(model["vocab"]))):
         raise ConvertError(f"{path}: the ids of its vocabulary are not 0 to {len(model['vocab']) - 1}")
     return [by_id[token_id] for token_id in range(len(by_id))]
@@ -178,7 +192,9 @@ def _wordpieces(checkpoint: Checkpoint) -> list[str]:
 def _read_vocab_txt(path: Path) -> list[str]:
     """One piece a line. Lines end with \\n alone: U+2028 and its like are pieces themselves."""
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        raw = path.read_bytes()
+        refuse_stub(path, raw)
+        lines = raw.decode("utf-8").split("\n")
     except (OSError, ValueError) as exc:
         raise ConvertError(f"{path}: cannot be read ({type(exc).__name__}); the checkpoint has no tokenizer") from exc
     return [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
@@ -212,7 +228,7 @@ _STEERING = {"<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"}
 def _read_gemma(checkpoint: Checkpoint) -> Vocabulary:
     path = checkpoint.directory / "tokenizer.model"
     if not path.is_file():
-        raise ConvertError(f"{path}: missing; Gemma's vocabulary is read from it")
+        return _gemma_of_tokenizer_json(checkpoint)
     model = read_sentencepiece(path)
     if model.trainer_spec.model_type != 2:
         raise ConvertError(f"{path}: not a SentencePiece BPE model")
@@ -231,17 +247,70 @@ def _read_gemma(checkpoint: Checkpoint) -> Vocabulary:
         # llama.cpp looks for user-defined pieces in the raw text, where a space is a space
         tokens.append(piece.piece.replace(SPACE, " ") if kind == USER_DEFINED else piece.piece)
         types.append(kind)
+    return _gemma_vocabulary(checkpoint, tokens, types, [piece.score for piece in model.pieces])
+
+
+def _gemma_vocabulary(
+    checkpoint: Checkpoint, tokens: list[str], types: list[int], scores: list[float]
+) -> Vocabulary:
     special = _ids_of(checkpoint, tokens, {"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"})
     options: dict[str, Any] = {"add_space_prefix": False, "add_bos_token": True, "add_eos_token": False}
-    scores = [piece.score for piece in model.pieces]
     return Vocabulary("llama", _out_of_reach(tokens, types), types, special, scores, options)
+
+
+def _gemma_of_tokenizer_json(checkpoint: Checkpoint) -> Vocabulary:
+    """transformers 5 saves no tokenizer.model. llama.cpp merges the two symbols whose piece has the best score, so a
+    piece's score is the rank of the merge that makes it; what no merge makes is kept out of reach."""
+    path = checkpoint.directory / "tokenizer.json"
+    if not path.is_file():
+        raise ConvertError(f"{checkpoint.directory}: neither tokenizer.model nor tokenizer.json there: copy "
+                           "tokenizer.model from the base model (google/gemma-2b)")  # fmt: skip
+    model: Any = checkpoint.json("tokenizer.json").get("model")
+    try:
+        if model["type"] != "BPE" or model.get("byte_fallback") is not True:
+            raise ValueError("its model is no BPE with byte_fallback")
+        by_id = {int(token_id): str(token) for token, token_id in model["vocab"].items()}
+        tokens = [by_id[token_id] for token_id in range(len(model["vocab"]))]
+        ranks = _merge_ranks(model["merges"])
+    except (AttributeError, KeyError, IndexError, OverflowError, TypeError, ValueError) as exc:
+        raise ConvertError(f"{path}: no usable BPE vocabulary in it ({exc!r:.100}): copy tokenizer.model from the base "
+                           "model (google/gemma-2b)") from exc  # fmt: skip
+    added = _added_tokens(checkpoint)
+    types = [_gemma_type(token, ranks, added) for token in tokens]
+    return _gemma_vocabulary(checkpoint, tokens, types, [-float(ranks.get(token, 0)) for token in tokens])
+
+
+def _gemma_type(token: str, ranks: dict[str, int], added: dict[str, bool]) -> int:
+    if token == "<unk>":
+        return UNKNOWN
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return BYTE
+    if token in _STEERING or added.get(token):
+        return CONTROL
+    return NORMAL if len(token) == 1 or token in ranks or token in added else CONTROL
+
+
+def _merge_ranks(merges: list[Any]) -> dict[str, int]:
+    """Piece -> rank of the merges that make it. llama.cpp has one score for a piece: pieces whose merges lie among each
+    other's had the same one in tokenizer.model (runs of newlines, tags), and get the same rank."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        first.setdefault(left + right, rank)
+        last[left + right] = rank
+    ranks: dict[str, int] = {}
+    start, end = 0, -1
+    for piece, rank in first.items():
+        start, end = rank if rank > end else start, max(end, last[piece])
+        ranks[piece] = start
+    return ranks
 
 
 def _added_tokens(checkpoint: Checkpoint) -> dict[str, bool]:
     """Text of each added token of tokenizer.json or tokenizer_config.json -> whether it is marked as special."""
-    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
-    config = checkpoint.json("tokenizer_config.json")
-    added = [*added, *(config.get("added_tokens_decoder") or {}).values()]
+    added = [*entries(checkpoint, "tokenizer.json", "added_tokens", list),
+             *entries(checkpoint, "tokenizer_config.json", "added_tokens_decoder", dict).values()]  # fmt: skip
     return {str(token.get("content")): token.get("special") is True for token in added if isinstance(token, dict)}
 
 
@@ -285,7 +354,11 @@ def read_sentencepiece(path: Path) -> Any:
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        raw = path.read_bytes()
+        refuse_stub(path, raw)
+        model.ParseFromString(raw)
+    except ConvertError:
+        raise
     except Exception as exc:  # protobuf's DecodeError, whose module has no types, or OSError
         raise ConvertError(f"{path}: not a SentencePiece model ({str(exc)[:100]})") from exc
     if not model.pieces:

@@ -15,8 +15,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import Checkpoint, FloatArray
-from .errors import ConvertError
+from .added import found_in_texts
+from .checkpoint import Checkpoint, Config, FloatArray
+from .errors import CannotStartError, ConvertError
 from .models import (
     BI_ENCODER,
     CROSS_ENCODER,
@@ -27,7 +28,8 @@ from .models import (
     Architecture,
 )
 from .progress import Progress
-from .reference import PASSAGE_PREFIX, PROMPT, QUERY_PREFIX, SEPARATOR, ReferencePairs, check_pooling, max_tokens
+from .reference import GEMMA_PARTS, PromptParts, ReferencePairs, check_pooling, max_tokens
+from .samples import TOKENS_A_SAMPLE, passage_with
 from .tensors import Tensor, head_dimension, position_offset
 from .vocab import Vocabulary
 
@@ -42,12 +44,14 @@ Metadata = dict[str, Any]
 
 
 def model_metadata(
-    checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, source: str, revision: str
+    checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, source: str, revision: str,
+    parts: PromptParts = GEMMA_PARTS,
 ) -> Metadata:
     """Everything but the quantisation. int is written as uint32, float as float32. Raises ConvertError."""
     hyperparameters = _gemma(checkpoint) if architecture.gguf == "gemma" else _bert(checkpoint, architecture)
     longest = max_tokens(checkpoint, architecture, hyperparameters["context_length"])
-    pairs = ReferencePairs(checkpoint, architecture, vocabulary, longest)
+    pairs = ReferencePairs(checkpoint, architecture, vocabulary, longest, parts)
+    check_passage = f"{passage_with(found_in_texts(vocabulary)[:TOKENS_A_SAMPLE])} {CHECK_PASSAGE}".lstrip()
     return {
         "general.name": source,
         **{f"{architecture.gguf}.{key}": value for key, value in hyperparameters.items()},
@@ -57,10 +61,10 @@ def model_metadata(
         "rerank.source": source,
         "rerank.revision": revision,
         "rerank.max_tokens": longest,
-        **_kind_metadata(checkpoint, architecture, pairs),
+        **_kind_metadata(checkpoint, architecture, pairs, parts),
         "rerank.check_query": CHECK_QUERY,
-        "rerank.check_passage": CHECK_PASSAGE,
-        "rerank.check_ids": pairs.ids(CHECK_QUERY, CHECK_PASSAGE),
+        "rerank.check_passage": check_passage,
+        "rerank.check_ids": pairs.ids(CHECK_QUERY, check_passage),
     }
 
 
@@ -97,8 +101,12 @@ def _gemma(checkpoint: Checkpoint) -> Metadata:
         "attention.key_length": head_dimension(config),
         "attention.value_length": head_dimension(config),
         "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
-        "rope.freq_base": float(theta) if isinstance(theta, int | float) else config.number("rope_theta", 10000.0),
+        "rope.freq_base": config.number("rope_theta", 10000.0) if theta is None else _number(config, theta),
     }
+
+
+def _number(config: Config, theta: Any) -> float:
+    return Config(config.path, {"rope_parameters.rope_theta": theta}).number("rope_parameters.rope_theta")
 
 
 def _tokenizer(vocabulary: Vocabulary) -> Metadata:
@@ -110,15 +118,19 @@ def _tokenizer(vocabulary: Vocabulary) -> Metadata:
     return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
 
-def _kind_metadata(checkpoint: Checkpoint, architecture: Architecture, pairs: ReferencePairs) -> Metadata:
+def _kind_metadata(
+    checkpoint: Checkpoint, architecture: Architecture, pairs: ReferencePairs, parts: PromptParts
+) -> Metadata:
     if architecture.kind == YES_LOGIT:
         yes = pairs.encode("Yes")
         if not yes:
             raise ConvertError(f"{checkpoint.directory}: its tokenizer makes nothing of 'Yes'")
         return {
-            "rerank.query_prefix": QUERY_PREFIX, "rerank.passage_prefix": PASSAGE_PREFIX,
-            "rerank.separator": SEPARATOR, "rerank.prompt": PROMPT, "rerank.yes_token_id": yes[0],
+            "rerank.query_prefix": parts.query_prefix, "rerank.passage_prefix": parts.passage_prefix,
+            "rerank.separator": parts.separator, "rerank.prompt": parts.prompt, "rerank.yes_token_id": yes[0],
         }  # fmt: skip
+    if parts != GEMMA_PARTS:
+        raise CannotStartError("--prompt, --query-prefix and --passage-prefix are for a Gemma reranker alone")
     if architecture.kind == BI_ENCODER:
         check_pooling(checkpoint)
         line: Metadata = {"rerank.cosine_scale": MINI_COSINE_SCALE, "rerank.cosine_bias": MINI_COSINE_BIAS}
@@ -192,7 +204,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, float):
         writer.add_float32(key, value)
     elif isinstance(value, str):
-        writer.add_string(key, value)
+        # not add_string, which leaves an empty one out: the server would take its own default for it
+        writer.add_key_value(key, value, gguf.GGUFValueType.STRING)
     elif value:  # an empty array cannot be written, and says nothing
         writer.add_array(key, value)
 

@@ -7,6 +7,7 @@ as well as in the logit. tests/golden/make_golden.py reports the spread.
 """
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
@@ -250,3 +251,84 @@ def write_checkpoint(directory: Path, config: dict[str, Any], tensors: Tensors, 
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tokenizer_json(directory: Path) -> None:
+    """tokenizer.json as transformers makes it of the tiny checkpoint's own vocabulary, reduced to what tokenizing
+    needs; with no added token in it."""
+    from tokenizers import Tokenizer
+
+    if (directory / "vocab.txt").is_file():
+        content = bert_tokenizer_json(directory)
+    elif (directory / "tokenizer.model").is_file():
+        content = gemma_tokenizer_json(directory)
+    else:
+        content = xlmr_tokenizer_json(directory)
+    content = {"version": "1.0", "added_tokens": [], "post_processor": None, "decoder": None, **content}
+    Tokenizer.from_str(json.dumps(content))  # so that no test passes for a file that nobody could have
+    write_json(directory / "tokenizer.json", content)
+
+
+def bert_tokenizer_json(directory: Path) -> dict[str, Any]:
+    pieces = (directory / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    return {
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                       "strip_accents": None, "lowercase": True},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": {piece: n for n, piece in enumerate(pieces)}},
+    }
+
+
+def xlmr_tokenizer_json(directory: Path) -> dict[str, Any]:
+    from convert.vocab import _unigram_of_sentencepiece
+
+    pieces, charsmap = _unigram_of_sentencepiece(directory / "sentencepiece.bpe.model")
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "WhitespaceSplit"},
+            {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}]},
+        "model": {"type": "Unigram", "unk_id": 3, "vocab": pieces, "byte_fallback": False},
+    }
+
+
+def gemma_tokenizer_json(directory: Path) -> dict[str, Any]:
+    """The merges are those that transformers generates: each piece from every two that spell it, by its score."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    ids = {model.id_to_piece(n): n for n in range(model.get_piece_size())}
+    merges = []
+    for piece, n in ids.items():
+        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in ids and piece[at:] in ids]
+        cuts.sort(key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+        merges += [(model.get_score(n), len(left), len(right), left, right) for left, right in cuts]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)  # stable
+    return {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+                          "invert": False},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+                  "vocab": ids, "merges": [[left, right] for *_, left, right in merges]},
+    }
+
+
+def add_token(directory: Path, text: str, **flags: Any) -> int:
+    """One more token and one more row of embeddings, as a fine-tune adds them; returns the token's id."""
+    if not (directory / "tokenizer.json").is_file():
+        write_tokenizer_json(directory)
+    config, content = (json.loads((directory / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    token_id = config["vocab_size"]
+    write_json(directory / "config.json", config | {"vocab_size": token_id + 1})
+    content["added_tokens"].append({"id": token_id, "content": text, "single_word": False, "lstrip": False,
+                                    "rstrip": False, "normalized": False, "special": False, **flags})
+    write_json(directory / "tokenizer.json", content)
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("word_embeddings.weight", "embed_tokens.weight")))
+    tensors[name] = np.concatenate([tensors[name], tensors[name][-1:]])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return int(token_id)

@@ -423,7 +423,7 @@ def test_named_models_and_directories_are_found(tmp_path: Path) -> None:
     (tmp_path / "bge-reranker-v2-gemma").mkdir()
     cloned = models.find_source(str(tmp_path / "bge-reranker-v2-gemma"))
     assert (cloned.repo, cloned.quantization) == ("BAAI/bge-reranker-v2-gemma", "Q5_K_S")
-    for wrong in ("m4", "/no/such/directory", "a/b/c", "../x"):
+    for wrong in ("m4", "/no/such/directory", "a/b/c"):
         with pytest.raises(CannotStartError, match="neither m3, gemma, mini"):
             models.find_source(wrong)
 

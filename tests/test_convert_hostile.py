@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -15,16 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import make_bert, make_bi, make_gemma, make_xlmr
+from checkpoints import make_bert, make_bi, make_gemma, make_xlmr, write_json, write_tokenizer_json
 from conftest import FUZZED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from convert.__main__ import Output
 from convert.checkpoint import Checkpoint, read_header
 from convert.errors import ConvertError
 from convert.gguf_file import GgufFile
 from convert.job import Job
+from convert.quantize import find_quantization
 
 ROOT = Path(__file__).resolve().parent.parent
 FUZZ_EXAMPLES = 400  # inputs tried for each reader in one run; seconds, not minutes
@@ -118,6 +121,8 @@ def overlap(header: dict[str, Any]) -> None:
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 DEEP = b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
 BROKEN: dict[str, tuple[Edit, str]] = {
     "truncated weights": (edit_weights(lambda raw: raw[:-1000]), "download it again"),
     "trailing bytes": (edit_weights(lambda raw: raw + b"x"), "download it again"),
@@ -173,6 +178,21 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "a vocabulary that is too long": (edit_vocabulary(lambda pieces: [*pieces, "one", "more"]), "config.json says"),
     "no special tokens": (edit_vocabulary(lambda pieces: [f"a{piece}" for piece in pieces]), "has no [CLS]"),
     "no vocabulary": (lambda directory: (directory / "vocab.txt").unlink(), "vocab.txt"),
+    "no labels": (config(id2label=None), "id2label is None"),
+    "labels that are a number": (config(id2label=7), "id2label is 7"),
+    "two numbers of labels": (config(num_labels=2), "num_labels is 2, but id2label has one"),
+    "keys of a wrapper": (
+        edit_tensors(lambda tensors: tensors.update({f"module.{key}": tensors.pop(key) for key in list(tensors)})),
+        "module.bert.embeddings.word_embeddings.weight is there",
+    ),
+    "no classification head": (
+        edit_tensors(lambda tensors: [tensors.pop(f"classifier.{name}") for name in ("weight", "bias")]),
+        "no classification head",
+    ),
+    "a vocabulary that is a pointer": (write("vocab.txt", LFS_POINTER), "git lfs pull"),
+    "a vocabulary that is a page": (write("vocab.txt", b"\n<!DOCTYPE html><html>"), "an HTML page"),
+    "a tokenizer that is a pointer": (write("tokenizer.json", LFS_POINTER), "git lfs pull"),
+    "a configuration that is a page": (write("config.json", b"<html>"), "an HTML page"),
     "no config.json": (lambda directory: (directory / "config.json").unlink(), "config.json"),
 }
 
@@ -397,3 +417,114 @@ def test_verify_refuses_what_is_no_gguf(content: bytes, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "not a readable GGUF" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# -- what a user points at --------------------------------------------------------------------------------------------
+
+FUZZ_SECONDS, FUZZ_TRIES = 8, 300
+
+
+@pytest.mark.parametrize("make", [make_xlmr, make_bert, make_gemma])
+def test_changed_json_files_never_end_in_a_traceback(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """config.json, tokenizer.json and tokenizer_config.json come from anywhere, and from many versions."""
+    checkpoint = make(tmp_path / "tiny")
+    write_tokenizer_json(checkpoint)
+    for model in checkpoint.glob("*.model"):
+        model.unlink()  # so that tokenizer.json is what is read
+    command = [sys.executable, str(ROOT / "tests" / "fuzz_convert.py"), str(checkpoint), str(FUZZ_SECONDS),
+               str(FUZZ_TRIES), "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=FUZZ_SECONDS + 60)
+    assert done.returncode == 0, f"{(checkpoint / 'damage.txt').read_text()}\n{done.stderr[-3000:]}"
+    counts = json.loads(done.stdout)
+    FUZZED[f"the converter's JSON files ({make.__name__[5:]})"].update(counts)
+    assert counts["tried"] >= 20
+    assert counts["refused"] > 0
+    assert "refused in several lines" not in counts
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Sequence", "normalizers": ["x"]}, {"type": "NFKC"}])
+def test_a_tokenizer_without_its_normalisation_table_says_what_to_copy(normalizer: Any, tmp_path: Path) -> None:
+    checkpoint = make_xlmr(tmp_path / "tiny")
+    write_tokenizer_json(checkpoint)
+    (checkpoint / "sentencepiece.bpe.model").unlink()
+    edit_json(checkpoint / "tokenizer.json", normalizer=normalizer)
+    with pytest.raises(ConvertError, match=r"transformers 5 .*copy sentencepiece\.bpe\.model"):
+        Job.open(checkpoint)
+
+
+def in_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode in (1, 2), done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_a_name_that_is_not_utf_8_is_refused(bert: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(bert, odd)
+    in_one_line(run_convert(odd, tmp_path / "out"), "not a name in UTF-8", "caf")
+    in_one_line(run_convert(bert, odd / "out"), "not a name in UTF-8", "caf")
+
+
+def test_the_output_folder_of_a_lora_names_the_base_model(tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "BAAI/bge-reranker-v2-gemma"})
+    in_one_line(run_convert(tmp_path, tmp_path / "out"), "LoRA", "'BAAI/bge-reranker-v2-gemma'", "merged_model/")
+    (tmp_path / "merged_model").mkdir()
+    in_one_line(run_convert(tmp_path, tmp_path / "out"), f"convert {tmp_path / 'merged_model'}")
+
+
+def test_a_source_that_is_no_checkpoint_says_what_it_is(bert: Path, tmp_path: Path) -> None:
+    """models/typo is not looked for on the Hub, where the answer would be a network error."""
+    in_one_line(run_convert(Path("models/typo"), tmp_path / "out"), "models/typo: no such directory")
+    in_one_line(run_convert(Path("models/x.gguf"), tmp_path / "out"), "GGUF file already", "--m3 models/x.gguf")
+    in_one_line(run_convert(bert / "config.json", tmp_path / "out"), "name the checkpoint's directory")
+
+
+def test_verify_says_that_a_gguf_is_a_pointer_or_a_page(tmp_path: Path) -> None:
+    for content, reason in ((LFS_POINTER, "git lfs pull"), (b"<!DOCTYPE html>", "HTML page")):
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(ConvertError, match=reason):
+            GgufFile.open(tmp_path / "x.gguf")
+
+
+def test_a_folder_of_the_hubs_cache_gives_the_models_name(bert: Path, tmp_path: Path) -> None:
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--owner--some-reranker" / "snapshots" / sha
+    shutil.copytree(bert, snapshot)
+    done = run_convert(snapshot, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    metadata = GgufFile.open(tmp_path / "out" / "some-reranker-Q8_0.gguf").metadata
+    assert (metadata["rerank.source"], metadata["rerank.revision"]) == ("owner/some-reranker", sha)
+
+
+def test_two_fine_tunes_in_folders_of_one_name_can_both_be_kept(bert: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "convert", str(bert), "--quant", "Q8_0", "--out", str(tmp_path / "out"), "--name"]
+    for name in ("first", "second"):
+        done = subprocess.run([*command, name], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first-Q8_0.gguf", "second-Q8_0.gguf"]
+    in_one_line(subprocess.run([*command, "../x"], cwd=ROOT, capture_output=True, text=True, timeout=120), "--name")
+
+
+def test_two_conversions_into_one_folder_do_not_take_each_others_files(bert: Path, tmp_path: Path) -> None:
+    first, second = Output(tmp_path, "tiny"), Output(tmp_path, "tiny")
+    q8 = find_quantization("Q8_0")
+    with first.opened():
+        first.part(q8).write_bytes(b"first")
+        with second.opened():
+            second.part(q8).write_bytes(b"second")
+            assert first.part(q8).read_bytes() == b"first"
+        assert first.part(q8).read_bytes() == b"first"
+        first.finish(q8)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-Q8_0.gguf"]
+
+
+def test_verify_works_where_the_file_lies_in_a_read_only_folder(bert: Path, tmp_path: Path) -> None:
+    """The README's container mounts models/ read-only. (A folder of /proc is one for every user.)"""
+    assert run_convert(bert, tmp_path).returncode == 0
+    with (tmp_path / "tiny-Q8_0.gguf").open("rb") as file:
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        command = [sys.executable, "-m", "convert.verify", path, "--against", str(bert)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "made from the checkpoint" in done.stdout
