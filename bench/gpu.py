@@ -39,7 +39,7 @@ import rerank_server
 from bench import checkpoints, report
 from bench.engines import MAX_LENGTH_TOKENS, Running, Setup, engines_of
 from bench.machine import describe_machine
-from bench.profile import Profiler, rows_of
+from bench.profile import Cost, Profiler, rows_of
 from bench.texts import Request, Texts, made_lists
 
 ROOT = checkpoints.ROOT
@@ -441,41 +441,76 @@ def asked(running: Running, lists: Sequence[Row]) -> Row:
 
 
 def profile(run: Run) -> Iterator[Row]:
-    """By operation, one after the other (no CUDA graph, nothing fused): the parts, not the sum, are what counts."""
+    """By operation, each waited for (no CUDA graph, nothing fused): the parts count, not the sum. In
+    the last row the list undisturbed: what it takes beyond the operations is the host's work."""
     one = run.longest()
-    for kind in run.types:
-        profiler = Profiler(joins=False)
-        with profiler.installed(), opened(run.file("m3", kind), run.settings()) as engine:
-            pairs = sorted(
-                engine.pairs.make(one["query"], one["passages"]), key=lambda pair: -pair.n_new
-            )
-            for _ in range(3):
-                profiler.take()
-                engine.score(pairs)
-            costs = profiler.take()
-        for row in rows_of(costs, None, None)[:8]:
-            yield {"engine": f"rerank-server {kind}", **row}
-        total_s = sum(cost.seconds for cost in costs.values())
-        yield {
-            "engine": f"rerank-server {kind}",
-            "operation": "all",
-            "nodes": "",
-            "ms": 1000 * total_s,
-            "gops": "",
-        }
+    for kind in run.types[:2]:
+        for ubatch in (0, max(run.ubatches)):
+            name, settings = f"rerank-server {kind}", run.settings(ubatch=ubatch)
+            row = {"engine": name, "ubatch": settings.tuning.ubatch}
+            costs = operations(run.file("m3", kind), settings, one)
+            for operation in rows_of(costs, None, None)[:8]:
+                yield row | operation
+            total_ms = 1000 * sum(cost.seconds for cost in costs.values())
+            yield row | {"operation": "all operations", "ms": total_ms}
+            with opened(run.file("m3", kind), settings) as engine:
+                yield row | {"operation": "the list", "ms": timed(engine, [one] * 5)["ms_score"]}
+
+
+def operations(file: Path, settings: rerank_server.Settings, one: Row) -> dict[str, Cost]:
+    profiler = Profiler(joins=False)
+    with profiler.installed(), opened(file, settings) as engine:
+        pairs = engine.pairs.make(one["query"], one["passages"])
+        pairs.sort(key=lambda pair: -pair.n_new)
+        for _ in range(3):
+            profiler.take()
+            engine.score(pairs)
+        return profiler.take()
+
+
+def twice(run: Run) -> Iterator[Row]:
+    """Two engines, each in a thread with half of the list: does the card wait for the host?"""
+    one = run.longest()
+    halves = [one | {"passages": one["passages"][start::2]} for start in (0, 1)]
+    for kind in run.types[:2]:
+        with (
+            opened(run.file("m3", kind), run.settings()) as first,
+            opened(run.file("m3", kind), run.settings()) as second,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            alone = timed(first, [one] * LISTS)
+            yield {"engine": f"rerank-server {kind}", "engines": 1, "ms": alone["ms"]}
+            times = []
+            for _ in range(LISTS):
+                started = time.perf_counter()
+                list(pool.map(score_half, (first, second), halves))
+                times.append(1000 * (time.perf_counter() - started))
+            yield {"engine": f"rerank-server {kind}", "engines": 2, "ms": statistics.median(times)}
+
+
+def score_half(engine: rerank_server.LlamaEngine, one: Row) -> None:
+    pairs = engine.pairs.make(one["query"], one["passages"])
+    engine.score(sorted(pairs, key=lambda pair: -pair.n_new))
 
 
 def mini(run: Run) -> Iterator[Row]:
-    """A bi-encoder of all-MiniLM-L6's width and depth, whose heads of 32 CUDA's flash attention lacks."""
+    """A bi-encoder of all-MiniLM-L6's width and depth, whose heads of 32 CUDA's flash attention lacks:
+    as the server starts, without flash attention, and where llama.cpp decides after it has looked."""
     directory = run.cache / "random-mini"
     if not (directory / "config.json").is_file():
         tiny_checkpoints.make_bi(directory, hidden_size=384, layers=6, max_seq_length=256)
     file = checkpoints.quantized(directory, ["Q8_0"])["Q8_0"]
-    for flash_attention in ("auto", "off"):
-        settings = run.settings(flash_attention=flash_attention)
+    forced = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    for name, setting, forced_as in (
+        ("on", "auto", forced),
+        ("off", "off", forced),
+        ("as llama.cpp finds", "auto", llama.LLAMA_FLASH_ATTN_TYPE_AUTO),
+    ):
+        llama.LLAMA_FLASH_ATTN_TYPE_ENABLED = forced_as
+        settings = run.settings(flash_attention=setting)
         with opened(file, settings) as engine:
             for size in run.sizes:
-                row = {"engine": f"--flash-attention {flash_attention}", "size": size}
+                row = {"engine": f"flash attention {name}", "size": size}
                 yield row | {"ubatch": settings.tuning.ubatch} | timed(engine, run.lists(size))
 
 
@@ -531,6 +566,7 @@ PEER = {
     "ms": ("ms", "{:.1f}"), "ms_min": ("min", "{:.1f}"), "ms_max": ("max", "{:.1f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }  # fmt: skip
+TWICE = {"engine": ("engine", "{}"), "engines": ("engines", "{}"), "ms": ("ms", "{:.1f}")}
 MODELS = {
     "model": ("model", "{}"),
     "files": ("files", "{}"),
@@ -540,7 +576,8 @@ SERVER = {
     key: PEER[key] for key in ("engine", "size", "ms", "ms_min", "ms_max", "tokens_per_second")
 }
 PROFILE = {
-    "engine": ("engine", "{}"), "operation": ("operation", "{}"), "nodes": ("nodes", "{}"), "ms": ("ms", "{:.1f}"),
+    "engine": ("engine", "{}"), "ubatch": ("ubatch", "{}"), "operation": ("operation", "{}"),
+    "nodes": ("nodes", "{}"), "ms": ("ms", "{:.1f}"),
     "percent": ("%", "{:.1f}"), "gops": ("GOP/s", "{}"),
 }  # fmt: skip
 STEPS = {
@@ -552,9 +589,10 @@ STEPS = {
         PARITY,
     ),
     "peer": Step("m3: transformers on the same card", peer, 90, PEER),
-    "speed": Step("m3: this server's engine", speed, 120, SPEED),
+    "speed": Step("m3: this server's engine", speed, 180, SPEED),
     "agreement": Step("m3: logits against transformers in float32", agreement, 60, AGREEMENT),
     "server": Step("m3: over HTTP", server, 60, SERVER),
+    "twice": Step("m3: two engines at once, a list of 100", twice, 60, TWICE),
     "mini": Step("A bi-encoder with heads of 32, Q8_0", mini, 60, SPEED),
     "profile": Step("m3: where a list of 100 spends its time", profile, 60, PROFILE),
     "parity-no-tf32": Step(
@@ -570,6 +608,10 @@ STEPS = {
     ),
     "gemma": Step("gemma", gemma, 240, {**PEER, **SPEED}),
 }
+
+
+BUILD = "RERANK_BENCH_BUILD"  # how bench/gpu.sh came by llama-cpp-python
+CUT_OFF = "the whole run was cut off"
 
 
 def run_step(name: str, arguments: Sequence[str], run: Run) -> Row:
@@ -590,6 +632,8 @@ def end_of(command: Sequence[str], step: Step) -> str:
         status = process.wait(step.limit_s)
     except subprocess.TimeoutExpired:
         return f"it was stopped after {step.limit_s} s"
+    except KeyboardInterrupt:
+        return CUT_OFF
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -616,7 +660,13 @@ def describe(run: Run) -> Row:
         raise SystemExit(
             f"bench.gpu: the llama-cpp-python in {Path(llama.__file__).parent} does not compute on a GPU"
         )
-    return {**machine, "card": name, "driver": driver, "gpu_memory_mb": total}
+    return {
+        **machine,
+        "card": name,
+        "driver": driver,
+        "gpu_memory_mb": total,
+        "build": os.environ.get(BUILD, ""),
+    }
 
 
 def split_card(answer: str) -> tuple[str, str, str]:
@@ -644,9 +694,10 @@ def head(machine: Row) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     memory = f"{float(machine['gpu_memory_mb']) / 1024:,.0f} GiB"
     card = f"driver {machine['driver']}, {memory}; " if machine["driver"] else ""
+    build = f"; llama-cpp-python {machine['build']}" if machine["build"] else ""
     return [
         f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; {card}"
-        f"{machine['cpus']} x {machine['cpu']}, {machine['system']}; Python {machine['python']}, {packages}",
+        f"{machine['cpus']} x {machine['cpu']}, {machine['system']}; Python {machine['python']}, {packages}{build}",
     ]
 
 
@@ -742,11 +793,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.cache.mkdir(parents=True, exist_ok=True)
     if arguments.step:
         return do_step(arguments.step, run)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is known is kept
     machine, results = describe(run), dict[str, Row]()
     for name in arguments.steps:
         results[name] = run_step(name, given, run)
         print(f"{name}: {results[name]['seconds']:.0f} s {results[name]['problem']}", flush=True)
         lines = write(machine, results, run.out)
+        if results[name]["problem"] == CUT_OFF:
+            break
     print("\n".join(lines))
     off = any(row.get("within") == "NO" for result in results.values() for row in result["rows"])
     return int(off or any(result["problem"] for result in results.values()))

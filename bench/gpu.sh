@@ -89,7 +89,8 @@ fi
 if [ "$BUILD" ] && [ -d "$FROM/llama" ]; then
     started=$SECONDS
     if build; then
-        echo "built in $((SECONDS - started)) s"
+        export RERANK_BENCH_BUILD="built here in $((SECONDS - started)) s"
+        echo "$RERANK_BENCH_BUILD"
     else
         echo "not built: $((SECONDS - started)) s, the end of $WORK/build.log:" && tail -n 15 "$WORK/build.log"
         BUILD=""
@@ -97,6 +98,7 @@ if [ "$BUILD" ] && [ -d "$FROM/llama" ]; then
 fi
 if [ ! "$BUILD" ] && [ -d "$FROM/built" ]; then
     export PYTHONPATH=$FROM/built:$PYTHONPATH
+    export RERANK_BENCH_BUILD="built elsewhere"
     echo "taking $FROM/built"
 fi
 exec "$PYTHON" -m bench.gpu "${flags[@]}"
