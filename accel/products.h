@@ -267,28 +267,14 @@ class Products {
         // enough blocks for all threads, but not so small that a panel is read for a few rows only
         const int64_t wanted = std::max((rows + BLOCK_ROWS - 1) / BLOCK_ROWS, 4 * n_threads / n_panels);
         const int64_t block_tiles = (n_tiles + wanted - 1) / wanted, n_blocks = (n_tiles + block_tiles - 1) / block_tiles;
-        std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(n_threads)
-        {
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+        for (int64_t item = 0; item < n_panels * n_blocks; item++) {
             alignas(64) float product[TILE_ROWS * PANEL];
-            for (int64_t item = next++; item < n_panels * n_blocks;) {
-                const int64_t following = next++;  // known early, so that its panel is on its way when it begins
-                const int64_t panel = item / n_blocks, first_tile = item % n_blocks * block_tiles;
-                const int64_t last_tile = std::min(n_tiles, first_tile + block_tiles);
-                const bool is_other = following / n_blocks != panel && following < n_panels * n_blocks;
-                const char * start = weights.panels->data() + panel * panel_bytes;
-                const char * wanted_next = weights.panels->data() + following / n_blocks * panel_bytes;
-                const int64_t share = is_other ? panel_bytes / 64 / (last_tile - first_tile) + 1 : 0;  // cache lines
-                for (int64_t tile = first_tile; tile < last_tile; tile++) {
-                    const int64_t from = (tile - first_tile) * share * 64;
-                    for (int64_t byte = from; byte < std::min(panel_bytes, from + share * 64); byte += 64) {
-                        __builtin_prefetch(wanted_next + byte, 0, 2);
-                    }
-                    multiply_tile(tile * TILE_ROWS, start, product);
-                    finish_panel(weights, n, tile * TILE_ROWS, std::min(TILE_ROWS, rows - tile * TILE_ROWS), panel * PANEL,
-                                 product, epilogue, out);
-                }
-                item = following;
+            const int64_t panel = item / n_blocks, first_tile = item % n_blocks * block_tiles;
+            for (int64_t tile = first_tile; tile < std::min(n_tiles, first_tile + block_tiles); tile++) {
+                const int64_t row = tile * TILE_ROWS;
+                multiply_tile(row, weights.panels->data() + panel * panel_bytes, product);
+                finish_panel(weights, n, row, std::min(TILE_ROWS, rows - row), panel * PANEL, product, epilogue, out);
             }
         }
     }

@@ -2,9 +2,9 @@
 machine's own peak.
 
 llama.cpp's eval callback stops after every node of the graph, so that each can be timed; that costs a few microseconds
-a node, and what the CPU backend would fuse is not fused. With the int8 engine (--accel) a product and what it computes
-in the same pass are timed together. Matrix products are compared with the fastest float32 and int8
-products that PyTorch does on this machine, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
+a node, and what the CPU backend would fuse is not fused. With the engine of accel/ (--accel) what it computes in the
+same pass is timed together. Matrix products are compared with the fastest float32 and int8 products that PyTorch does on
+this machine, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Profiler:
         return _key(node) not in self._followed
 
     def _count(self) -> bool:
-        cost = self.costs[" + ".join(map(_operation, self._group))]
+        operations = [_operation(node) for node in self._group]
+        computed = [name for name in operations if name not in _VIEWS] if len(operations) > 1 else operations
+        cost = self.costs[" + ".join(computed)]
         cost.nodes += 1
         cost.seconds += time.perf_counter() - self._started
         for node in self._group:
@@ -140,15 +142,26 @@ def _key(node: _Tensor) -> tuple[str, bytes, bytes]:
     return _operation(node), node.name, _source(node, 0).name
 
 
+# What the engine computes in one pass, where the second reads the first's result.
+_PAIRS = {
+    ("MUL_MAT", "ADD"), ("MUL_MAT", "GEGLU"), ("ADD", "GELU"), ("ADD", "ADD"), ("NORM", "MUL"), ("RMS_NORM", "MUL"),
+    ("MUL", "ADD"), ("PERMUTE", "CPY"),
+}  # fmt: skip
+# Attention reads what its half-precision keys and values are copies of; they stand before it, one after the other.
+_NEIGHBOURS = {("CPY", "PERMUTE"), ("CPY", "FLASH_ATTN_EXT")}
+_VIEWS = {"PERMUTE", "RESHAPE", "VIEW"}
+
+
 def _are_one_pass(node: _Tensor, following: _Tensor) -> bool:
-    """Whether the int8 engine computes the two together: a layer's product, its bias, its activation."""
+    """Whether the engine computes the two together: a layer's product, what is added to it, its activation; a
+    normalisation; attention."""
     kinds = _operation(node), _operation(following)
     if following.src[0] != ctypes.addressof(node):
-        return False
-    if kinds == ("MUL_MAT", "ADD"):
-        names: tuple[bytes, bytes] = _source(node, 0).name, _source(following, 1).name
-        return all(name.startswith(b"blk.") for name in names)
-    return kinds in (("ADD", "GELU"), ("MUL_MAT", "GEGLU"))
+        return kinds in _NEIGHBOURS
+    if node_of_layer := {"MUL_MAT": node, "ADD": _source(node, 0)}.get(kinds[0]):
+        weights: bytes = _source(node_of_layer, 0).name
+        return kinds in _PAIRS and weights.startswith(b"blk.")
+    return kinds in _PAIRS
 
 
 _PEAKS = """
