@@ -3,8 +3,8 @@ machine's own peak.
 
 llama.cpp's eval callback stops after every node of the graph, so that each can be timed; that costs a few microseconds
 a node, and what the CPU backend would fuse is not fused. With the engine of accel/ (--accel) what it computes in the
-same pass is timed together. Matrix products are compared with the fastest float32 and int8 products that PyTorch does on
-this machine, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
+same pass is timed together. Matrix products are compared with the fastest float32 and int8 products that PyTorch does
+here, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Cost:
 class Profiler:
     """Times every node of the contexts that are opened while it is installed.
 
-    joins: whether nodes that the int8 engine computes in one pass are timed together. What follows a node is only known
-    when it was there once: from the second decode on.
+    joins: whether nodes that the engine of accel/ computes in one pass are timed together. What follows a node is only
+    known when it was there once: from the second decode on.
     """
 
     def __init__(self, joins: bool) -> None:
@@ -192,7 +192,7 @@ def profile(
     file: Path, data: Path | None, n_passages: int, n_runs: int, accel: str = "off"
 ) -> tuple[dict[str, Cost], int]:
     """The median-time run of a list's decodes, and the list's tokens."""
-    profiler = Profiler(accel == "on")
+    profiler = Profiler(accel != "off")
     with profiler.installed():
         engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, accel=accel))
     request = read_texts(data).request(n_passages)
@@ -231,14 +231,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="the median one counts (default 5)")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), metavar="FILE",
                         help="interpreter that has PyTorch, for the int8 peak (default: this one)")  # fmt: skip
-    parser.add_argument("--accel", action="store_true", help="with the int8 engine, its parts one by one")
+    parser.add_argument("--accel", choices=["int8", "bf16"], default="off", help="with the engine of accel/")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(arguments.peers_python, "bench.profile")
     float32, int8 = peaks(arguments.peers_python, rerank_server.Settings().tuning.ubatch)
-    accel = "on" if arguments.accel else "off"
-    costs, n_tokens = profile(arguments.file, arguments.data, arguments.passages, arguments.runs, accel)
-    rows, name = rows_of(costs, float32, int8), arguments.file.stem + ("-int8-engine" if arguments.accel else "")
+    costs, n_tokens = profile(
+        arguments.file, arguments.data, arguments.passages, arguments.runs, arguments.accel
+    )
+    engine = "" if arguments.accel == "off" else f"-{arguments.accel}-engine"
+    rows, name = rows_of(costs, float32, int8), arguments.file.stem + engine
     print("\n".join(write(name, machine, rows, (float32, int8), n_tokens, arguments.out)))
     return 0
 

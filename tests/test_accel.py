@@ -364,7 +364,7 @@ def test_products_and_attention_on_lesser_cpus(library: ctypes.CDLL, isa: str) -
 def with_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rerank_server, "ACCEL_LIBRARY", ACCEL_LIBRARY)
     yield
-    rerank_server.configure_accel(use=False, strict=False)
+    rerank_server.configure_accel(rerank_server.OFF)
 
 
 def score(file: Path, order: list[int], **settings: Any) -> Exact:
@@ -386,10 +386,11 @@ def test_models_score_as_the_reference_does(
 ) -> None:
     file, everything = gguf_of(architecture), list(range(len(SCORED_PAIRS)))
     reference = score(file, everything, accel="off")
-    fast, bf16 = (score(file, everything, accel="on", accel_strict=strict) for strict in (False, True))
+    fast = score(file, everything, accel="int8")
     np.testing.assert_allclose(fast, reference, rtol=0, atol=TOLERANCE * np.ptp(reference))
     assert np.any(fast != reference), "the engine was not used"
     if library.rerank_accel_has_bf16():
+        bf16 = score(file, everything, accel="bf16")
         np.testing.assert_allclose(bf16, reference, rtol=0, atol=BF16_TOLERANCE * np.ptp(reference))
         assert np.mean(np.abs(bf16 - reference)) < np.mean(np.abs(fast - reference)) / 2
 
@@ -397,7 +398,7 @@ def test_models_score_as_the_reference_does(
 @needs_engine
 def test_the_profile_times_together_what_the_engine_computes_together(gguf_of: Gguf, with_engine: None) -> None:
     """Timed alone, GELU looked like a sixth of the time, which it is not where the engine computes it."""
-    costs, _ = profile.profile(gguf_of(ARCHITECTURES[0]), None, n_passages=2, n_runs=1, accel="on")
+    costs, _ = profile.profile(gguf_of(ARCHITECTURES[0]), None, n_passages=2, n_runs=1, accel="int8")
     plain, _ = profile.profile(gguf_of(ARCHITECTURES[0]), None, n_passages=2, n_runs=1, accel="off")
     assert costs["MUL_MAT + ADD + GELU"].nodes == plain["GELU"].nodes
     assert "GELU" not in costs
@@ -409,19 +410,31 @@ def test_the_profile_times_together_what_the_engine_computes_together(gguf_of: G
 def test_a_score_does_not_depend_on_its_company(architecture: str, gguf_of: Gguf, with_engine: None) -> None:
     order = [n for n in range(len(SCORED_PAIRS)) if (SCORED_PAIRS[n].max_length or 0) <= 1024]
     file = gguf_of(architecture)
-    alone = np.concatenate([score(file, [n], accel="on", max_length=1024) for n in order[:8]])
+    alone = np.concatenate([score(file, [n], accel="int8", max_length=1024) for n in order[:8]])
     shuffled = random.Random(3).sample(order, len(order))
-    packed = dict(zip(shuffled, score(file, shuffled, accel="on", max_length=1024), strict=True))
+    packed = dict(zip(shuffled, score(file, shuffled, accel="int8", max_length=1024), strict=True))
     spread = np.ptp(list(packed.values()))
     np.testing.assert_allclose([packed[n] for n in order[:8]], alone, rtol=0, atol=COMPANY_TOLERANCE * spread)
 
 
 @needs_engine
 def test_the_copied_weights_are_freed_with_the_model(gguf_of: Gguf, with_engine: None) -> None:
-    engine = rerank_server.load_engine(gguf_of("xlmr"), rerank_server.Settings(accel="on", max_length=256))
+    engine = rerank_server.load_engine(gguf_of("xlmr"), rerank_server.Settings(accel="int8", max_length=256))
     assert rerank_server.accel_bytes() > 0
     engine.close()
     assert rerank_server.accel_bytes() == 0
+
+
+@needs_engine
+@pytest.mark.parametrize(("quantization", "mode"), [("F32", "bf16"), ("Q8_0", "bf16"), ("Q5_0", "int8")])
+def test_auto_keeps_the_exactness_of_the_file(
+    gguf_of: Gguf, library: ctypes.CDLL, with_engine: None, quantization: str, mode: str
+) -> None:
+    """Who made a file of 8 bits or more did so for its exactness: int8 would double Q8_0's drift."""
+    engine = rerank_server.load_engine(gguf_of("xlmr", quantization), rerank_server.Settings(max_length=256))
+    without_bf16 = {"F32": "llama.cpp, F32"}.get(quantization, "int8 engine")
+    assert engine.arithmetic == (f"{mode} engine" if library.rerank_accel_has_bf16() else without_bf16)
+    engine.close()
 
 
 @needs_engine
@@ -440,7 +453,7 @@ def test_auto_leaves_it_where_memory_is_short(
 
 @needs_engine
 def test_the_server_says_that_it_is_used(gguf_of: Gguf) -> None:
-    server = ServerProcess("--m3", gguf_of("xlmr"), "--accel", "on")
+    server = ServerProcess("--m3", gguf_of("xlmr"), "--accel", "int8")
     try:
         assert server.rerank(query="q", passages=["a", "b"])[0] == 200
         accel = server.health()["accel"]
@@ -463,7 +476,7 @@ def test_a_library_that_is_missing_or_does_not_fit_is_refused_in_a_line(tmp_path
 def test_a_library_for_another_version_is_refused_before_ggml_sees_it(tmp_path: Path) -> None:
     """Its structures may have other members; ggml would read past them."""
     source, file = tmp_path / "other.c", tmp_path / "other.so"
-    names = ["is_fast_here", "copied_bytes", "configure"]
+    names = ["is_fast_here", "has_bf16", "copied_bytes", "configure"]
     stubs = "".join(f"int rerank_accel_{name}(void) {{ return 1; }}\n" for name in names)
     source.write_text('const char *rerank_accel_built_for(void) { return "0.0.1"; }\n' + stubs)
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(file)], check=True)
@@ -475,9 +488,9 @@ def test_a_library_for_another_version_is_refused_before_ggml_sees_it(tmp_path: 
 def test_asking_for_what_is_not_there_ends_the_start(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, rerank_server as server; "
-        "server.ACCEL_LIBRARY = pathlib.Path('absent.so'); sys.exit(server.main(['--accel', 'on']))"
+        "server.ACCEL_LIBRARY = pathlib.Path('absent.so'); sys.exit(server.main(['--accel', 'int8']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "--accel on: not built: make accel" in done.stderr
+    assert "--accel int8: not built: make accel" in done.stderr
     assert "Traceback" not in done.stderr
