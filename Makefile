@@ -66,7 +66,7 @@ quality: $(VENV)/.installed-dev mini ## measure ranking quality on judged data: 
 soak: $(VENV)/.installed-dev ## load and faults for a while: 64 clients (ARGS="--minutes 10")
 	$(BIN)/python tests/soak.py $(ARGS)
 
-accel: $(VENV)/.installed ## build the int8 engine that the server then uses (x86-64; about a minute)
+accel: $(VENV)/.installed ## build the int8 and bf16 engine that the server then uses (x86-64; about a minute)
 	@if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) --no-print-directory accel/lib/.built; \
 		else echo "The int8 engine is for x86-64 CPUs; here llama.cpp computes by itself, and nothing is built."; fi
 
@@ -114,9 +114,9 @@ $(LLAMA_WHEELS)/.done: | $(BIN)/python
 	@echo; touch $@
 
 # ggml's headers come from the source distribution of the very version that is installed, oneDNN from PyPI.
-accel/lib/.built: accel/accel.cpp accel/CMakeLists.txt accel/requirements.lock $(VENV)/.installed
+accel/lib/.built: $(wildcard accel/*.cpp accel/*.h) accel/CMakeLists.txt accel/requirements.lock $(VENV)/.installed
 	@command -v g++ >/dev/null || { echo "A C++ compiler is needed (Debian: apt install g++)"; exit 1; }
-	@echo "Building the int8 engine for llama-cpp-python $(LLAMA_VERSION) ..."
+	@echo "Building the engine for llama-cpp-python $(LLAMA_VERSION) ..."
 	@rm -rf build/accel && mkdir -p build/accel
 	@awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$$/{exit}' requirements.lock > build/accel/llama.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r accel/requirements.lock \

@@ -93,6 +93,7 @@ MIN_UBATCH_TOKENS = 32
 CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch: pairs pay for each other
 GPU_UBATCH_TOKENS = 2048
 AUTO, ON, OFF = "auto", "on", "off"
+INT8, BF16 = "int8", "bf16"
 MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma"}
 
 
@@ -137,10 +138,10 @@ class Settings:
     repack: str = _setting(
         AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
     accel: str = _setting(
-        AUTO, "the int8 engine that `make accel` builds; auto: where it is built, fast, fits the "
-        "memory, and the file's weights have 8 bits or fewer", choices=(AUTO, ON, OFF))
-    accel_strict: bool = _setting(
-        False, "the int8 engine with activations in two parts: more exact, slower")
+        AUTO, "the engine that `make accel` builds. int8: fastest, a little less exact than the "
+        "file; bf16: as exact as the file, half as fast; off: llama.cpp's own kernels; auto: int8 "
+        "for weights of fewer than 8 bits, bf16 for others, where the CPU and the memory suit; "
+        "on: int8", choices=(AUTO, INT8, BF16, OFF, ON))
     gpu_layers: int = _setting(
         0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
@@ -282,7 +283,7 @@ class Tuning:
     flash_attention: bool
     repack: bool
     accel: bool
-    accel_reason: str  # why not, or "strict"
+    accel_reason: str  # why not
 
     @staticmethod
     def of(settings: Settings) -> Tuning:
@@ -298,7 +299,7 @@ class Tuning:
             # On x86 the tiled kernels beat the repacked ones, which also copy the weights.
             repack=settings.repack == ON or (settings.repack == AUTO and is_arm and not on_gpu),
             accel=not reason,
-            accel_reason=reason or ("strict" if settings.accel_strict else ""))
+            accel_reason=reason)
 
     def __str__(self) -> str:
         reason = f" ({self.accel_reason})" if self.accel_reason else ""
@@ -306,16 +307,18 @@ class Tuning:
             f"{self.threads} threads, decodes of up to {self.ubatch} tokens, "
             f"flash attention {ON if self.flash_attention else OFF}, "
             f"weights {'' if self.repack else 'not '}repacked, "
-            f"int8 engine {ON if self.accel else OFF}{reason}")
+            f"accel engine {ON if self.accel else OFF}{reason}")
 
 
 def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
-    """Empty: the int8 engine is to be used. Raises SettingsError when it is asked for in vain."""
+    """Empty: accel/ is to be used. Raises SettingsError when it is asked for in vain."""
     if settings.accel == OFF:
         return "as --accel says"
-    reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
-    if reason and settings.accel == ON:
-        raise SettingsError(f"--accel on: {reason}")
+    library, reason = (None, "the GPU computes") if on_gpu else load_accel(ACCEL_LIBRARY)
+    if library and settings.accel == BF16 and not library.rerank_accel_has_bf16():
+        reason = "this CPU does not multiply bfloat16"
+    if reason and settings.accel != AUTO:
+        raise SettingsError(f"--accel {settings.accel}: {reason}")
     return reason
 
 
@@ -1366,7 +1369,7 @@ class Metrics:
             gauge, "queue_requests", "requests that wait or are being scored", role)
         self.model_loaded = self._new(gauge, "model_loaded", "1: in memory", role)
         self.model = self._new(info, "model", "the file of a role", role)
-        self._new(gauge, "accel_bytes", "weights in the int8 engine").set_function(accel_bytes)
+        self._new(gauge, "accel_bytes", "weights in the engine of accel/").set_function(accel_bytes)
         self._new(gauge, "resident_bytes", "of the process").set_function(resident_bytes)
         versions = {"version": __version__, "llama_cpp_python": llama_version()}
         self._new(info, "build", "versions").info(versions)
@@ -1769,7 +1772,7 @@ _BLOCKS = {
     28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
     40: (64, 36), 41: (128, 18),
 }
-_FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
+_FLOAT_TYPES, _Q8_0 = {0, 1, 30}, 8  # F32, F16, BF16
 
 
 @dataclass(frozen=True)
@@ -1947,6 +1950,7 @@ class ModelDescription:
     strip_accents: bool = True
     fixes: tuple[str, ...] = ()  # what was wrong in the file and is set right while loading
     is_quantized: bool = True  # the layers' matrices have 8 bits or fewer for each weight
+    is_exact: bool = False  # they have 8 bits or more
     doubt: str = ""  # why it does not take a role by itself
 
     @property
@@ -1976,7 +1980,8 @@ def describe(gguf: GgufFile) -> ModelDescription:
         "quantization": gguf.get("rerank.quantization", "unknown type"),
         "file_bytes": gguf.path.stat().st_size, "max_tokens": max_tokens,
         "source": gguf.get("rerank.source", gguf.get("general.name", "")),
-        "is_quantized": _is_quantized(gguf), "doubt": _doubt_of(gguf, kind),
+        "is_quantized": not _layer_types(gguf) & _FLOAT_TYPES,
+        "is_exact": _layer_types(gguf) <= _FLOAT_TYPES | {_Q8_0}, "doubt": _doubt_of(gguf, kind),
     }
     return ModelDescription(**common, **_DESCRIBE[kind](gguf))
 
@@ -2004,9 +2009,10 @@ def _doubt_of(gguf: GgufFile, kind: str) -> str:
     return "nothing in it says that it is a reranker"
 
 
-def _is_quantized(gguf: GgufFile) -> bool:
+def _layer_types(gguf: GgufFile) -> set[int]:
+    """Of the layers' matrices."""
     layers = (tensor for name, tensor in gguf.tensors.items() if name.startswith("blk."))
-    return not any(len(layer.shape) > 1 and layer.type_id in _FLOAT_TYPES for layer in layers)
+    return {layer.type_id for layer in layers if len(layer.shape) > 1}
 
 
 def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
@@ -2147,7 +2153,7 @@ class NativeLog:
 _native_log = NativeLog()
 
 
-# -- The int8 engine (accel/): a library that takes the matrix products of the layers from llama.cpp
+# -- The engine of accel/: a library that takes the products of the layers from llama.cpp
 
 
 @functools.cache
@@ -2161,6 +2167,7 @@ def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         library.rerank_accel_built_for.restype = ctypes.c_char_p
         library.rerank_accel_is_fast_here.restype = ctypes.c_bool
+        library.rerank_accel_has_bf16.restype = ctypes.c_bool
         library.rerank_accel_copied_bytes.restype = ctypes.c_size_t
         library.rerank_accel_configure.argtypes = [ctypes.c_bool] * 3
         built_for = library.rerank_accel_built_for().decode()
@@ -2181,16 +2188,16 @@ def _loaded_accel() -> ctypes.CDLL | None:
     return load_accel(ACCEL_LIBRARY)[0] if load_accel.cache_info().currsize else None
 
 
-def configure_accel(use: bool, strict: bool) -> None:
-    """For the contexts that this thread opens next. Pages of the mapped file go once their weights
-    are copied."""
+def configure_accel(mode: str) -> None:
+    """For the contexts that this thread opens next: INT8, BF16 or OFF. Pages of the mapped file go
+    once their weights are copied."""
     library = _loaded_accel()
     if library:
-        library.rerank_accel_configure(use, strict, True)
+        library.rerank_accel_configure(mode != OFF, mode == BF16, True)
 
 
 def accel_bytes() -> int:
-    """What the int8 engine holds of weights now."""
+    """What the engine of accel/ holds of weights now."""
     library = _loaded_accel()
     return int(library.rerank_accel_copied_bytes()) if library else 0
 
@@ -2224,27 +2231,34 @@ class LlamaModel:
         self.vocab = api.llama_model_get_vocab(self.model)
         self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
         self.n_embd = api.llama_model_n_embd(self.model)
-        self.accelerated = self.tuning.accel and self._suits_accel(settings.accel == ON)
+        self.accel = self._accel_for(settings.accel) if self.tuning.accel else OFF
 
-    def _suits_accel(self, is_wanted: bool) -> bool:
-        """Whoever chose a file of 16 or 32 bits chose its exactness; and the engine's copy of the
-        layers, a byte for each weight, must fit the memory."""
-        if is_wanted or not self.description.is_quantized:
-            return is_wanted
-        needed = self._api.llama_model_n_params(self.model) - self.n_vocab * self.n_embd
-        free = available_bytes()
+    def _accel_for(self, wanted: str) -> str:
+        """INT8, BF16 or OFF. Left to itself: whoever chose weights of 8 bits or more chose their
+        exactness, which bfloat16 keeps and int8 halves (bench/results/drift-*.md); weights of
+        fewer bits drift further than int8 does, which is twice as fast. And the copy of the layers
+        must fit the memory."""
+        if wanted != AUTO:
+            return BF16 if wanted == BF16 else INT8
+        library, mode = _loaded_accel(), INT8
+        if self.description.is_exact and library and library.rerank_accel_has_bf16():
+            mode = BF16
+        elif not self.description.is_quantized:
+            return OFF
+        n_weights = self._api.llama_model_n_params(self.model) - self.n_vocab * self.n_embd
+        needed, free = n_weights * (2 if mode == BF16 else 1), available_bytes()
         if needed + ACCEL_SPARE_BYTES < free:
-            return True
-        log.warning("the int8 engine is not used: its copy of the weights takes %.0f MB, and %.0f "
-                    "MB are free (--accel on: try nevertheless)", needed / 1e6, free / 1e6)
-        return False
+            return mode
+        log.warning("accel/ is not used: its copy of the weights takes %.0f MB, and %.0f MB are "
+                    "free (--accel %s: try nevertheless)", needed / 1e6, free / 1e6, mode)
+        return OFF
 
     @property
     def arithmetic(self) -> str:
-        """What multiplies: the int8 engine, or llama.cpp's own kernels for the file's types."""
-        if not self.accelerated:
+        """What multiplies: the engine of accel/, or llama.cpp's kernels for the file's types."""
+        if self.accel == OFF:
             return f"llama.cpp, {self.description.quantization}"
-        return "int8 engine, strict" if self._settings.accel_strict else "int8 engine"
+        return f"{self.accel} engine"
 
     def open_context(self, n_ubatch: int, n_ctx: int, n_sequences: int, pooling: int) -> None:
         """n_ubatch, n_ctx: tokens; n_sequences: in one decode, each with one result. Raises
@@ -2259,7 +2273,7 @@ class LlamaModel:
         flash_attention = "ENABLED" if self.tuning.flash_attention else "DISABLED"
         parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
         parameters.kv_unified = True  # pairs of unequal length share a cache; streams are slower
-        configure_accel(self.accelerated, self._settings.accel_strict)
+        configure_accel(self.accel)
         _native_log.clear()
         self.context = api.llama_init_from_model(self.model, parameters)
         if not self.context:
@@ -2738,7 +2752,7 @@ def load_engine(path: Path, settings: Settings, is_alone: bool = False) -> Engin
     try:
         engine = _ENGINES[model.description.kind](model)
         _check_known_pair(gguf, engine)
-        if model.accelerated:  # copies the weights and makes the kernels
+        if model.accel != OFF:  # copies the weights and makes the kernels
             engine.score(engine.pairs.make("warm", ["up"]))
     except BaseException:  # a refused file is asked for again with the next request: free it now
         model.close()
@@ -2777,7 +2791,7 @@ def _try_in_child(path: Path, settings: Settings) -> None:
 def _environment_of(settings: Settings) -> dict[str, str]:
     """What decides how a file is loaded, as read_settings reads it."""
     names = ("max_length", "threads", "ubatch", "flash_attention", "repack", "accel",
-             "accel_strict", "gpu_layers")
+             "gpu_layers")
     return {environment_variable_of(name): str(getattr(settings, name)) for name in names}
 
 

@@ -61,19 +61,20 @@ def engines_of(role: str, ours: list[str], peers: list[str]) -> list[Engine]:
         Engine(f"rerank-server {name}", functools.partial(rerank_server, quantization=name), body=_our_body(role))
         for name in ours
     ]
-    with_int8 = functools.partial(rerank_server, quantization=ours[0], accel=True)
-    rows.append(Engine(f"rerank-server {ours[0]}, int8 engine", with_int8, body=_our_body(role)))
+    for accel in ("int8", "bf16"):
+        command = functools.partial(rerank_server, quantization=ours[0], accel=accel)
+        rows.append(Engine(f"rerank-server {ours[0]}, {accel} engine", command, body=_our_body(role)))
     return rows + [engine for name in peers for engine in PEERS[name](role, ours)]
 
 
-def rerank_server(setup: Setup, port: int, quantization: str, accel: bool = False) -> list[str]:
-    if accel and not ACCEL_LIBRARY.is_file():
+def rerank_server(setup: Setup, port: int, quantization: str, accel: str = "off") -> list[str]:
+    if accel != "off" and not ACCEL_LIBRARY.is_file():
         raise MissingError("it is not built: make accel")
     # no cache: every pair is new in here, but a peer's cannot be switched on either
     command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", str(port), "--cache-mb", "0"]
     role = "gemma" if setup.role == "gemma" else "m3"
     command += ["--max-length", str(MAX_LENGTH_TOKENS), f"--{role}", str(setup.files[quantization])]
-    return [*command, "--accel", "on" if accel else "off", *setup.server_flags]
+    return [*command, "--accel", accel, *setup.server_flags]
 
 
 def _our_body(role: str) -> Callable[[str, list[str]], dict[str, Any]]:
@@ -117,6 +118,13 @@ def _llama_servers(role: str, ours: list[str]) -> list[Engine]:
     ]  # fmt: skip
 
 
+# What it takes by itself, and its precisions one by one: which is fastest depends on the CPU.
+_openvinos = [
+    _python(f"OpenVINO, int8 weights{f', {precision}' if precision else ''}",
+            f"openvino-{precision}" if precision else "openvino", "openvino", "nncf", "transformers")
+    for precision in ("", "bf16", "f32")
+]  # fmt: skip
+
 # name -> (role, our quantisations) -> its rows
 PEERS: dict[str, Callable[[str, list[str]], list[Engine]]] = {
     "llama-server": _llama_servers,
@@ -128,6 +136,7 @@ PEERS: dict[str, Callable[[str, list[str]], list[Engine]]] = {
     "onnxruntime": lambda role, ours: (
         [_python("ONNX Runtime int8", "onnxruntime", "onnxruntime", "transformers")] if role == "m3" else []
     ),
+    "openvino": lambda role, ours: _openvinos if role == "m3" else [],
     "text-embeddings-inference": lambda role, ours: [Engine("text-embeddings-inference", _not_on_pypi)],
     "infinity": lambda role, ours: [_python("infinity (torch)", "infinity", "infinity_emb")] if role == "m3" else [],
 }

@@ -2,9 +2,9 @@
 machine's own peak.
 
 llama.cpp's eval callback stops after every node of the graph, so that each can be timed; that costs a few microseconds
-a node, and what the CPU backend would fuse is not fused. With the int8 engine (--accel) a product and what it computes
-in the same pass are timed together. Matrix products are compared with the fastest float32 and int8
-products that PyTorch does on this machine, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
+a node, and what the CPU backend would fuse is not fused. With the engine of accel/ (--accel) what it computes in the
+same pass is timed together. Matrix products are compared with the fastest float32 and int8 products that PyTorch does
+here, where --peers-python has it. Writes bench/results/profile-NAME.md and .json.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Cost:
 class Profiler:
     """Times every node of the contexts that are opened while it is installed.
 
-    joins: whether nodes that the int8 engine computes in one pass are timed together. What follows a node is only known
-    when it was there once: from the second decode on.
+    joins: whether nodes that the engine of accel/ computes in one pass are timed together. What follows a node is only
+    known when it was there once: from the second decode on.
     """
 
     def __init__(self, joins: bool) -> None:
@@ -115,7 +115,9 @@ class Profiler:
         return _key(node) not in self._followed
 
     def _count(self) -> bool:
-        cost = self.costs[" + ".join(map(_operation, self._group))]
+        operations = [_operation(node) for node in self._group]
+        computed = [name for name in operations if name not in _VIEWS] if len(operations) > 1 else operations
+        cost = self.costs[" + ".join(computed)]
         cost.nodes += 1
         cost.seconds += time.perf_counter() - self._started
         for node in self._group:
@@ -140,15 +142,26 @@ def _key(node: _Tensor) -> tuple[str, bytes, bytes]:
     return _operation(node), node.name, _source(node, 0).name
 
 
+# What the engine computes in one pass, where the second reads the first's result.
+_PAIRS = {
+    ("MUL_MAT", "ADD"), ("MUL_MAT", "GEGLU"), ("ADD", "GELU"), ("ADD", "ADD"), ("NORM", "MUL"), ("RMS_NORM", "MUL"),
+    ("MUL", "ADD"), ("PERMUTE", "CPY"),
+}  # fmt: skip
+# Attention reads what its half-precision keys and values are copies of; they stand before it, one after the other.
+_NEIGHBOURS = {("CPY", "PERMUTE"), ("CPY", "FLASH_ATTN_EXT")}
+_VIEWS = {"PERMUTE", "RESHAPE", "VIEW"}
+
+
 def _are_one_pass(node: _Tensor, following: _Tensor) -> bool:
-    """Whether the int8 engine computes the two together: a layer's product, its bias, its activation."""
+    """Whether the engine computes the two together: a layer's product, what is added to it, its activation; a
+    normalisation; attention."""
     kinds = _operation(node), _operation(following)
     if following.src[0] != ctypes.addressof(node):
-        return False
-    if kinds == ("MUL_MAT", "ADD"):
-        names: tuple[bytes, bytes] = _source(node, 0).name, _source(following, 1).name
-        return all(name.startswith(b"blk.") for name in names)
-    return kinds in (("ADD", "GELU"), ("MUL_MAT", "GEGLU"))
+        return kinds in _NEIGHBOURS
+    if node_of_layer := {"MUL_MAT": node, "ADD": _source(node, 0)}.get(kinds[0]):
+        weights: bytes = _source(node_of_layer, 0).name
+        return kinds in _PAIRS and weights.startswith(b"blk.")
+    return kinds in _PAIRS
 
 
 _PEAKS = """
@@ -179,7 +192,7 @@ def profile(
     file: Path, data: Path | None, n_passages: int, n_runs: int, accel: str = "off"
 ) -> tuple[dict[str, Cost], int]:
     """The median-time run of a list's decodes, and the list's tokens."""
-    profiler = Profiler(accel == "on")
+    profiler = Profiler(accel != "off")
     with profiler.installed():
         engine = rerank_server.load_engine(file, rerank_server.Settings(max_length=MAX_LENGTH_TOKENS, accel=accel))
     request = read_texts(data).request(n_passages)
@@ -218,14 +231,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="the median one counts (default 5)")
     parser.add_argument("--peers-python", type=Path, default=Path(sys.executable), metavar="FILE",
                         help="interpreter that has PyTorch, for the int8 peak (default: this one)")  # fmt: skip
-    parser.add_argument("--accel", action="store_true", help="with the int8 engine, its parts one by one")
+    parser.add_argument("--accel", choices=["int8", "bf16"], default="off", help="with the engine of accel/")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="default: bench/results")
     arguments = parser.parse_args(argv)
     machine = describe_machine(arguments.peers_python, "bench.profile")
     float32, int8 = peaks(arguments.peers_python, rerank_server.Settings().tuning.ubatch)
-    accel = "on" if arguments.accel else "off"
-    costs, n_tokens = profile(arguments.file, arguments.data, arguments.passages, arguments.runs, accel)
-    rows, name = rows_of(costs, float32, int8), arguments.file.stem + ("-int8-engine" if arguments.accel else "")
+    costs, n_tokens = profile(
+        arguments.file, arguments.data, arguments.passages, arguments.runs, arguments.accel
+    )
+    engine = "" if arguments.accel == "off" else f"-{arguments.accel}-engine"
+    rows, name = rows_of(costs, float32, int8), arguments.file.stem + engine
     print("\n".join(write(name, machine, rows, (float32, int8), n_tokens, arguments.out)))
     return 0
 

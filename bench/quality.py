@@ -9,7 +9,7 @@ candidates, and any number of them are compared in one table:
     http://HOST:PORT        a running server that answers Cohere's and Jina's clients, on /v1/rerank or the path that is
                             given; what stands after a ? goes into the body: http://HOST:PORT/v2/rerank?use_llm=true;
                             a key in the environment variable RERANK_API_KEY goes along as a bearer token
-    int8:SYSTEM             a file or a role with the int8 engine (`make accel`); strict:SYSTEM with its strict mode
+    int8:SYSTEM             a file or a role with the int8 engine (`make accel`); bf16:SYSTEM in bfloat16
     NAME=SYSTEM             any of these, with a name of its own in the table
 
 Without a SYSTEM: the mini model in F16, Q8_0 and Q5_0, made in build/quality. The candidates are --run (TREC's format,
@@ -49,8 +49,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MINI_QUANTIZATIONS = ("F16", "Q8_0", "Q5_0")
 REQUEST_TIMEOUT_S = 3600
 SEED = 20260101
-# Before a system: the same with the int8 engine (`make accel`), which is off otherwise.
-ACCEL_MODES: dict[str, dict[str, Any]] = {"int8": {"accel": "on"}, "strict": {"accel": "on", "accel_strict": True}}
+# Before a system: the same with an engine of `make accel`, which is off otherwise.
+ACCEL_MODES: dict[str, dict[str, Any]] = {"int8": {"accel": "int8"}, "bf16": {"accel": "bf16"}}
 
 
 class UnusableError(Exception):

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "--repack on": {"repack": "on"},
     "--threads 1": {"threads": 1},
     "--accel off": {"accel": "off"},
-    "--accel-strict": {"accel_strict": True},
+    "--accel bf16": {"accel": "bf16"},
 }
 # Not a setting: what gemma would do if it computed the query anew for each passage, as other servers do.
 NO_SHARED_PREFIX = "the query anew for each passage"

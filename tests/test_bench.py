@@ -62,7 +62,7 @@ def test_a_run_writes_every_figure_for_every_scenario(m3_results: Path) -> None:
     result = json.loads((m3_results / "m3.json").read_text())
     engines = ["rerank-server Q8_0"]
     if ACCEL_LIBRARY.is_file():
-        engines.append("rerank-server Q8_0, int8 engine")
+        engines += [f"rerank-server Q8_0, {mode} engine" for mode in ("bf16", "int8")]
     measured = sorted((row["engine"], row["scenario"]) for row in result["rows"])
     assert measured == [(engine, scenario) for engine in engines for scenario in ("1", "2 clients x 10", "3")]
     for row in result["rows"]:
