@@ -29,6 +29,7 @@ import argparse
 import array
 import base64
 import bisect
+import configparser
 import contextlib
 import ctypes
 import dataclasses
@@ -100,12 +101,9 @@ class SettingsError(Exception):
     """A flag or an environment variable that cannot be used; the message names it."""
 
 
-def _setting(
-    default: Any, help: str, low: int | None = None, high: int | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+def _setting(default: Any, help: str, *allowed: Any) -> Any:
+    """allowed: the smallest and the largest number, or the words."""
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -132,13 +130,12 @@ class Settings:
     ubatch: int = _setting(
         0, "tokens packed into one decode (a longer pair gets its own); 0: what suits the machine",
         0, 8192)
-    flash_attention: str = _setting(
-        AUTO, "attention without its matrix in memory", choices=(AUTO, ON, OFF))
+    flash_attention: str = _setting(AUTO, "attention without its matrix in memory", AUTO, ON, OFF)
     repack: str = _setting(
-        AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
+        AUTO, "copy the weights into the layout of ggml's own kernels", AUTO, ON, OFF)
     accel: str = _setting(
         AUTO, "the int8 engine that `make accel` builds; auto: where it is built, fast, fits the "
-        "memory, and the file's weights have 8 bits or fewer", choices=(AUTO, ON, OFF))
+        "memory, and the file's weights have 8 bits or fewer", AUTO, ON, OFF)
     accel_strict: bool = _setting(
         False, "the int8 engine with activations in two parts: more exact, slower")
     gpu_layers: int = _setting(
@@ -179,24 +176,19 @@ class Settings:
     strict_model: bool = _setting(
         False, "answer 404 to an unknown model name instead of taking the default model")
     log_format: str = _setting(
-        "text", "how the log is written: a line of text, or of JSON", choices=("text", "json"))
+        "text", "how the log is written: a line of text, or of JSON", "text", "json")
     log_texts: bool = _setting(False, "write each request's query and passages into the log")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_range(field, getattr(self, field.name))
+            _check_setting(field, getattr(self, field.name))
         if 0 < self.ubatch < MIN_UBATCH_TOKENS:
-            allowed = f"0 or at least {MIN_UBATCH_TOKENS}"
-            raise SettingsError(f"--ubatch must be {allowed}, not {self.ubatch}")
+            least = f"0 or at least {MIN_UBATCH_TOKENS}"
+            raise SettingsError(f"--ubatch must be {least}, not {self.ubatch}")
         if self.max_bodies_mb < self.max_body_mb:
-            room = f"room for one body of --max-body-mb ({self.max_body_mb})"
-            raise SettingsError(f"--max-bodies-mb must have {room}")
+            raise SettingsError("--max-bodies-mb must have room for one --max-body-mb")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key go together")
-        for name in ("m3", "gemma", "calibration", "api_key_file", "tls_cert", "tls_key"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise SettingsError(f"{flag_of(name)}: there is no file {path}")
 
     @property
     def model_folders(self) -> list[Path]:
@@ -207,12 +199,16 @@ class Settings:
         return Tuning.of(self)
 
 
-def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
-    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
-    if low is not None and not low <= value <= high:
-        raise SettingsError(f"{flag_of(field.name)} must be between {low} and {high}, not {value}")
-    if choices and value not in choices:
-        raise SettingsError(f"{flag_of(field.name)} must be {', '.join(choices)}, not {value!r}")
+def _check_setting(field: dataclasses.Field[Any], value: Any) -> None:
+    flag, allowed = flag_of(field.name), field.metadata["allowed"]
+    if isinstance(value, Path) and not value.is_file():
+        raise SettingsError(f"{flag}: there is no file {value}")
+    if allowed and isinstance(field.default, int):
+        low, high = allowed
+        if not low <= value <= high:
+            raise SettingsError(f"{flag} must be between {low} and {high}, not {value}")
+    elif allowed and value not in allowed:
+        raise SettingsError(f"{flag} must be {', '.join(allowed)}, not {value!r}")
 
 
 def flag_of(name: str) -> str:
@@ -224,7 +220,6 @@ def environment_variable_of(name: str) -> str:
 
 
 def settings_parser() -> argparse.ArgumentParser:
-    """The command line, made from the table that Settings is."""
     parser = argparse.ArgumentParser(
         prog="rerank_server.py",
         description="Serve GGUF rerankers: POST /rerank {query, passages, use_llm}.",
@@ -253,29 +248,27 @@ def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) ->
             source = environment_variable_of(field.name)
             given = environment.get(source) or None
         if given is not None:
-            values[field.name] = _parse_setting(field, given, source)
+            values[field.name] = _parse_setting(field.default, given, source)
     return Settings(**values)
 
 
-def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str) -> Any:
+def _parse_setting(default: Any, given: str | bool, source: str) -> Any:
     if isinstance(given, bool):
         return given
-    if isinstance(field.default, bool):
-        if given.lower() not in ("1", "true", "yes", "0", "false", "no"):
-            raise SettingsError(f"{source} must be true or false, not {given!r}")
-        return given.lower() in ("1", "true", "yes")
-    if isinstance(field.default, int):
-        try:
+    try:
+        if isinstance(default, bool):
+            return configparser.ConfigParser.BOOLEAN_STATES[given.lower()]
+        if isinstance(default, int):
             return int(given)
-        except ValueError:
-            raise SettingsError(f"{source} must be a whole number, not {given!r}") from None
-    return given if isinstance(field.default, str) else Path(given)
+    except (KeyError, ValueError):
+        wanted = "true or false" if isinstance(default, bool) else "a whole number"
+        raise SettingsError(f"{source} must be {wanted}, not {given!r}") from None
+    return given if isinstance(default, str) else Path(given)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How this machine computes best, where a setting does not say. The figures behind the rules
-    are those of `python -m bench.settings` (bench/results/settings.md)."""
+    """How this machine computes best, where a setting does not say (bench/results/settings.md)."""
 
     threads: int
     ubatch: int  # tokens
@@ -310,7 +303,7 @@ class Tuning:
 
 
 def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
-    """Empty: the int8 engine is to be used. Raises SettingsError when it is asked for in vain."""
+    """Empty: the int8 engine is to be used."""
     if settings.accel == OFF:
         return "as --accel says"
     reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
@@ -347,7 +340,7 @@ def _cgroup_folders(root: Path) -> list[Path]:
 
 
 def _cgroup_cpus(root: Path) -> float:
-    """The smallest quota of any group (cpu.max); infinite without one."""
+    """The smallest quota of any group; infinite without one."""
     quotas = [_read(folder / "cpu.max").split() for folder in _cgroup_folders(root)]
     given = [int(quota[0]) / int(quota[1]) for quota in quotas if quota and quota[0] != "max"]
     return max(1.0, min(given, default=math.inf))
@@ -356,41 +349,28 @@ def _cgroup_cpus(root: Path) -> float:
 def available_bytes() -> float:
     """What this process may still use, of the machine's memory and of its cgroups' limits, where
     pages of files count as free: the kernel can drop them."""
-    free = [_kilobytes(Path("/proc/meminfo"), "MemAvailable:") * 1024 or math.inf]
+    free = [_number_in(Path("/proc/meminfo"), "MemAvailable:") * 1024 or math.inf]
     for folder in _cgroup_folders(CGROUPS):
         limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
         if limit.isdigit() and used:
-            pages = _kilobytes(folder / "memory.stat", "inactive_file")
+            pages = _number_in(folder / "memory.stat", "inactive_file")
             free.append(int(limit) - int(used) + pages)
     return min(free)
 
 
-def _kilobytes(path: Path, name: str) -> int:
-    """The number behind a name in a file of /proc or /sys; 0 where there is none."""
+def _number_in(path: Path, name: str) -> int:
+    """What stands behind a name in a file of /proc or /sys; 0 where there is none."""
     found = re.search(rf"^{name}\s+(\d+)", _read(path), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def resident_bytes() -> int:
     """Resident memory of this process (Linux; elsewhere 0)."""
-    pages = _read(Path("/proc/self/statm")).split()
-    return int(pages[1]) * mmap.PAGESIZE if pages else 0
+    return _number_in(Path("/proc/self/status"), "VmRSS:") * 1024
 
 
 # --------------------------------------------------------------------------------------------------
-# Errors
-#
-#   RequestError               what a client is told; each type carries its status and error_type
-#     BadRequestError    400
-#     HttpError          40x, 50x  what arrived is not HTTP/1.1, leaves a doubt, or is not allowed
-#     ModelNotFoundError 404   with --strict-model
-#     OverloadedError    429   the queue is full
-#     ClientGoneError    499   nobody waits for the answer; it is never sent
-#     EngineError        500   scoring failed: an exception, or a logit that is not a number
-#     UnavailableError   503   no model for this role, or the server is stopping
-#     BusyError          503   no room for another connection or body
-#     DeadlineError      504   the request's time is over
-#   ModelError                 a GGUF file that cannot be served; ends the start, or becomes a 503
+# Errors. RequestError is what a client is told; each type carries its status and error_type.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -423,7 +403,7 @@ class BadRequestError(RequestError):
     status, error_type = 400, "invalid_request"
 
 
-class ModelNotFoundError(RequestError):
+class ModelNotFoundError(RequestError):  # with --strict-model
     status, error_type = 404, "model_not_found"
 
 
@@ -431,27 +411,26 @@ class OverloadedError(RequestError):
     status, error_type = 429, "overloaded"
 
     def __init__(self, n_tokens: int, retry_after_s: int) -> None:
-        message = f"{n_tokens:,} tokens wait to be scored, as many as may"
-        headers = {"Retry-After": str(retry_after_s)}
-        super().__init__(f"{message}; try again in {retry_after_s} s", headers=headers)
+        message = f"{n_tokens:,} tokens wait to be scored; try again in {retry_after_s} s"
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
 
 
-class ClientGoneError(RequestError):
+class ClientGoneError(RequestError):  # never sent
     status, error_type = 499, "client_gone"
 
     def __init__(self) -> None:
         super().__init__("the client has closed its connection")
 
 
-class EngineError(RequestError):
+class EngineError(RequestError):  # scoring failed: an exception, or a logit that is not a number
     status, error_type = 500, "engine_error"
 
 
-class UnavailableError(RequestError):
+class UnavailableError(RequestError):  # no model for this role, or the server is stopping
     status, error_type = 503, "model_unavailable"
 
 
-class BusyError(RequestError):
+class BusyError(RequestError):  # no room for another connection or body
     status, error_type = 503, "overloaded"
 
     def __init__(self, message: str) -> None:
@@ -483,11 +462,11 @@ TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
 MANY = 2**31 - 1
 
 # An endpoint -> the last segments of the paths that lead to it. Clients append their own path to
-# whatever base URL their user typed, so nothing before it counts; a POST to the bare URL, too.
+# whatever base URL their user typed, so nothing before it counts.
 RERANK, SCORE = "/rerank", "/score"
 ENDPOINTS = {
-    RERANK: ("rerank", "reranks", "reranking", "ranking", "text-rerank", ""), SCORE: ("score",),
-    "/": ("",), "/health": ("health", "healthz", "live", "livez"), "/ready": ("ready", "readyz"),
+    RERANK: ("rerank", "reranks", "reranking", "ranking", "text-rerank"), SCORE: ("score",),
+    "/health": ("health", "healthz", "live", "livez"), "/ready": ("ready", "readyz"),
     "/metrics": ("metrics",), "/info": ("info",), "/v1/models": ("models",),
     "/openapi.json": ("openapi.json",), "/docs": ("docs",),
 }
@@ -497,12 +476,11 @@ def endpoint_of(method: str, path: str) -> str | None:
     """The endpoint that serves a path, or none. Slashes may be repeated and trail; /v1/models/NAME
     is one of /v1/models, and a NAME may hold slashes."""
     segments = segments_of(path)
-    if method != "POST" and "models" in segments[:-1]:
+    if not segments:
+        return RERANK if method == "POST" else "/"
+    if method != "POST" and "models" in segments:
         return "/v1/models"
-    last = segments[-1] if segments else ""
-    found = [name for name, endings in ENDPOINTS.items() if last in endings]
-    fitting = [name for name in found if (name in (RERANK, SCORE)) == (method == "POST")]
-    return next(iter(fitting or found), None)
+    return next((name for name, last in ENDPOINTS.items() if segments[-1] in last), None)
 
 
 def segments_of(path: str) -> list[str]:
@@ -526,9 +504,9 @@ class Cut:
 class RerankRequest:
     """What every contract becomes. queries: one for all passages or one for each.
 
-    texts: the client's word for the passages. documents: as they were sent, where one was no
-    string. replaced: passages with half a character, read as U+FFFD. asks_more: it holds a field
-    that only this server knows, so its client reads more than its contract's keys.
+    texts: the client's word for the passages. documents: as they were sent. replaced: passages with
+    half a character, read as U+FFFD. asks_more: it holds a field that only this server knows, so
+    its client reads more than its contract's keys.
     """
 
     queries: tuple[str, ...]
@@ -546,7 +524,7 @@ class RerankRequest:
     return_characters_read: bool = False
     timeout_s: float = math.inf
     texts: str = "passages"
-    documents: tuple[Any, ...] | None = None
+    documents: tuple[Any, ...] = ()
     replaced: frozenset[int] = frozenset()
     asks_more: bool = False
 
@@ -556,7 +534,8 @@ class RerankRequest:
         and for a passage its index."""
         body, wrapper = _unwrapped(parse_json_object(raw))
         contract = contract_of(body, path, wrapper)
-        values, cut = _read_texts(body, contract), {}
+        values = _read_texts(body, contract)
+        cut: dict[str, Any] = {}
         for field in FIELDS:
             value = body.get(field.name)
             if value is None or (field.contracts and contract not in field.contracts):
@@ -566,25 +545,23 @@ class RerankRequest:
             if read is not None:
                 target = cut if field.target in Cut.__dataclass_fields__ else values
                 target[field.target] = read
-        if not {"max_windows", "overlap"}.isdisjoint(cut):
+        if "max_windows" in cut or "overlap" in cut:
             values.setdefault("on_overflow", CHUNK)
         request = RerankRequest(**values, cut=Cut(**cut))
         _check_counts(request, body)
         return request, contract
 
     def query_of(self, index: int) -> str:
-        return self.queries[index] if len(self.queries) > 1 else self.queries[0]
+        return self.queries[index % len(self.queries)]
 
     def estimate_tokens(self, longest: int, n: int | None = None) -> int:
         """What the n longest pairs (default: all) will be about, a token for each BYTES_PER_TOKEN
         of their texts. A byte is at most one token, so at most BYTES_PER_TOKEN times this come."""
         most = math.inf if self.on_overflow == CHUNK else longest
-        queries = [len(query.encode()) for query in self.queries]
-        if len(queries) == 1:
-            queries *= len(self.passages)
+        queries = itertools.cycle([len(query.encode()) for query in self.queries])
         sizes = [
-            min(most, (query + len(text.encode())) // BYTES_PER_TOKEN + 1)
-            for query, text in zip(queries, self.passages, strict=True)
+            min(most, (next(queries) + len(text.encode())) // BYTES_PER_TOKEN + 1)
+            for text in self.passages
         ]
         return int(sum(sorted(sizes, reverse=True)[:n]))
 
@@ -646,23 +623,25 @@ def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
 
 
 def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
-    """Queries and passages. /score takes one text for a list, and several queries, pair by pair."""
+    """Fields of RerankRequest. /score takes one text for a list, and several queries, pair by
+    pair."""
     defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
     query_key, texts_key = defaults.get(contract, ("query", "documents"))
     query_key = _key_of(body, QUERY_KEYS, query_key)
     texts_key = _key_of(body, PASSAGE_KEYS, texts_key)
-    queries, documents = [body.get(query_key)], body.get(texts_key)
-    if contract == "score":
-        queries = body[query_key] if isinstance(body.get(query_key), list) else queries
-        documents = [documents] if isinstance(documents, str) else documents
+    queries, documents = body.get(query_key), body.get(texts_key)
+    if contract == "score" and isinstance(documents, str):
+        documents = [documents]
+    if contract != "score" or not isinstance(queries, list):
+        queries = [queries]
     if not isinstance(documents, list):
-        expected = _expected(texts_key, "a list of strings", body, PASSAGE_KEYS)
-        raise BadRequestError(expected, texts_key)
+        message = _expected(texts_key, "a list of strings", body, PASSAGE_KEYS)
+        raise BadRequestError(message, texts_key)
+    if query_key not in body:
+        raise BadRequestError(_expected(query_key, "a string", body, QUERY_KEYS), query_key)
     if len(queries) not in (1, len(documents)):
         message = f"'{query_key}' must be one text or as many as '{texts_key}' ({len(documents)})"
         raise BadRequestError(message, query_key)
-    if query_key not in body:
-        raise BadRequestError(_expected(query_key, "a string", body, QUERY_KEYS), query_key)
     fields = _rank_fields(body)
     found = [_text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)]
     passages = tuple(map(_whole_characters, found))
@@ -670,10 +649,9 @@ def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
     has_ids = any(item is not None for item in ids)
     return {
         "queries": tuple(_whole_characters(_text_of(item, query_key)) for item in queries),
-        "passages": passages, "texts": texts_key, "ids": ids if has_ids else None,
+        "passages": passages, "texts": texts_key, "documents": tuple(documents),
         "replaced": frozenset(n for n, text in enumerate(found) if text is not passages[n]),
-        "documents": tuple(documents) if dict in map(type, documents) else None,
-        "asks_more": has_ids,
+        "ids": ids if has_ids else None, "asks_more": has_ids,
     }
 
 
@@ -686,27 +664,19 @@ def _rank_fields(body: dict[str, Any]) -> Sequence[str]:
 
 
 def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
-    """A string, an object that holds a text, or a list of content parts whose texts are joined.
-    Raises BadRequestError."""
+    """A string, an object that holds a text, or a list of such objects (content parts), whose texts
+    are joined. Raises BadRequestError."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        return "\n".join(_part_text(part, f"{name}[{n}]") for n, part in enumerate(value))
+        return "\n".join(_text_of(part, f"{name}[{n}]") for n, part in enumerate(value))
     if not isinstance(value, dict):
-        raise BadRequestError(_expected(name, "a string", {name: value}), name)
+        raise _wrong(name, "a string", value)
     keys = rank_fields or [key for key in TEXT_KEYS if value.get(key) is not None][:1]
     texts = [_text_of(value[key], f"{name}.{key}") for key in keys if value.get(key) is not None]
     if not texts:
-        wanted = " or ".join(map(repr, rank_fields or TEXT_KEYS))
-        raise BadRequestError(f"'{name}' must be a string, or an object with {wanted}", name)
+        raise _wrong(name, f"a string, or have a {' or '.join(rank_fields or TEXT_KEYS)}", value)
     return "\n".join(texts)
-
-
-def _part_text(part: dict[str, Any], name: str) -> str:
-    if isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = str(part.get("type"))[:40]
-    raise BadRequestError(f"'{name}' must be a part with a text, not {kind}: texts are scored", name)
 
 
 def _whole_characters(text: str) -> str:
@@ -735,115 +705,94 @@ class Field:
 
 
 @dataclass(frozen=True)
-class WholeNumber:
+class Number:
     """Reads one, also from a string. unlimited: values that mean "no limit"."""
 
-    low: int
-    high: int
+    low: float
+    high: float = MANY
     unlimited: tuple[int, ...] = ()
+    kind: type = int
 
-    def __call__(self, value: Any, name: str) -> int | None:
-        number = read_number(value, name)
+    def __call__(self, value: Any, name: str) -> Any:
+        number = math.nan
+        with contextlib.suppress(ValueError, OverflowError):  # no number, or one of 400 digits
+            if type(value) in (int, float, str):
+                number = float(value)
         if number in self.unlimited:
             return None
-        if number % 1:
-            raise BadRequestError(_expected(name, "a whole number", {name: value}), name)
-        if not self.low <= number <= self.high:
-            range = f"between {self.low} and {self.high:,}"
-            raise BadRequestError(f"'{name}' must be {range}, not {value}", name)
-        return int(number)
+        is_in_range = self.low <= number <= self.high  # which nan never is
+        if not is_in_range or (self.kind is int and number % 1):
+            what = "a whole number" if self.kind is int else "a number"
+            limits = f"between {self.low:,.10g} and {self.high:,.10g}"
+            raise BadRequestError(f"'{name}' must be {what} {limits}", name)
+        return self.kind(number)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Reads one of some words, and keeps its meaning."""
+    """Reads one of some words in any case, and keeps its meaning."""
 
     meanings: dict[str, Any]
 
     def __call__(self, value: Any, name: str) -> Any:
-        if not isinstance(value, str) or value not in self.meanings:
-            words = " or ".join(map(repr, self.meanings))
-            raise BadRequestError(f"'{name}' must be {words}", name)
-        return self.meanings[value]
+        word = str(value).lower() if isinstance(value, str | bool) else ""
+        if word not in self.meanings:
+            raise BadRequestError(f"'{name}' must be {' or '.join(self.meanings)}", name)
+        return self.meanings[word]
 
 
 def read_string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRequestError(_expected(name, "a string", {name: value}), name)
+        raise _wrong(name, "a string", value)
     return value
-
-
-def read_boolean(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise BadRequestError(_expected(name, "true or false", {name: value}), name)
-
-
-def read_number(value: Any, name: str) -> float:
-    with contextlib.suppress(ValueError, OverflowError):  # no number, or one of 400 digits
-        is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
-        if is_number and math.isfinite(float(value)):
-            return float(value)
-    raise BadRequestError(_expected(name, "a number that a float can hold", {name: value}), name)
-
-
-def read_seconds(value: Any, name: str) -> float:
-    seconds = read_number(value, name)
-    if seconds <= 0:
-        raise BadRequestError(f"'{name}' must be more than 0 seconds, not {seconds:g}", name)
-    return seconds
 
 
 def read_ids(value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        expected = _expected(name, "a list of strings or numbers", {name: value})
-        raise BadRequestError(expected, name)
+        raise _wrong(name, "a list of strings or numbers", value)
     for index, item in enumerate(value):
         is_text = isinstance(item, str) and _whole_characters(item) is item
-        if isinstance(item, bool) or not (is_text or isinstance(item, int)):
-            place = f"{name}[{index}]"
-            expected = _expected(place, "a string or a whole number", {place: item})
-            raise BadRequestError(expected, place)
+        if not is_text and type(item) is not int:
+            raise _wrong(f"{name}[{index}]", "a string or a whole number", item)
     return tuple(value)
 
 
-def read_may_cut(value: Any, name: str) -> str | None:
-    """true is what clients send without being asked; it does not overrule an on_overflow."""
-    return None if read_boolean(value, name) else ERROR
-
-
-_COUNT, _LIMIT = WholeNumber(1, MANY), WholeNumber(1, MANY, unlimited=(0, -1))
-_TOP_N, _OVERLAP = WholeNumber(0, MANY), WholeNumber(0, MAX_MAX_LENGTH_TOKENS)
-_LENGTH = WholeNumber(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
-_LENGTH_OR_ALL = dataclasses.replace(_LENGTH, unlimited=(0, -1))
+_NO_LIMIT = (0, -1)
+_COUNT, _TOP_N, _LIMIT = Number(1), Number(0), Number(1, unlimited=_NO_LIMIT)
+_LENGTH = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
+_LENGTH_OR_ALL = dataclasses.replace(_LENGTH, unlimited=_NO_LIMIT)
+_FLOAT = Number(-sys.float_info.max, sys.float_info.max, kind=float)
+_SECONDS = Number(0.001, kind=float)
+_BOOLEAN = Choice({"true": True, "false": False})
+# true is what clients send without being asked: it does not overrule an on_overflow.
+_MAY_CUT = Choice({"true": None, "false": ERROR})
 _OVERFLOW = Choice({word: word for word in (TRUNCATE, ERROR, CHUNK)})
+_KEEP_END = Choice({"left": True, "right": False})
 FIELDS = (  # what each does is said in docs/openapi.py
     Field("model", "model", read_string),
-    Field("use_llm", "use_llm", read_boolean, is_own=True),
+    Field("use_llm", "use_llm", _BOOLEAN, is_own=True),
     Field("llm_top_n", "llm_top_n", _COUNT, is_own=True),
     Field("k", "top_n", _TOP_N),
     Field("top_k", "top_n", _TOP_N),
     Field("top_n", "top_n", _TOP_N),
-    Field("return_documents", "return_documents", read_boolean),
-    Field("return_text", "return_documents", read_boolean, ("tei",)),
-    Field("raw_scores", "raw_scores", read_boolean),
-    Field("min_score", "min_score", read_number, is_own=True),
+    Field("return_documents", "return_documents", _BOOLEAN),
+    Field("return_text", "return_documents", _BOOLEAN, ("tei",)),
+    Field("raw_scores", "raw_scores", _BOOLEAN),
+    Field("min_score", "min_score", _FLOAT, is_own=True),
     Field("ids", "ids", read_ids, is_own=True),
     Field("truncate_prompt_tokens", "max_length", _LENGTH_OR_ALL),
     Field("max_length", "max_length", _LENGTH, is_own=True),
     Field("max_tokens_per_query", "max_query", _LIMIT),
     Field("max_tokens_per_doc", "max_passage", _LIMIT),
     Field("max_chunks_per_doc", "max_windows", _LIMIT),
-    Field("overlap_tokens", "overlap", _OVERLAP),
-    Field("truncate", "on_overflow", read_may_cut, ("tei",)),
-    Field("truncation", "on_overflow", read_may_cut, ("voyage",)),
+    Field("overlap_tokens", "overlap", Number(0, MAX_MAX_LENGTH_TOKENS)),
+    Field("truncate", "on_overflow", _MAY_CUT, ("tei",)),
+    Field("truncation", "on_overflow", _MAY_CUT, ("voyage",)),
     Field("on_overflow", "on_overflow", _OVERFLOW, is_own=True),
-    Field("truncation_direction", "keep_end", Choice({"Left": True, "Right": False}), ("tei",)),
-    Field("truncation_side", "keep_end", Choice({"left": True, "right": False})),
-    Field("return_characters_read", "return_characters_read", read_boolean, is_own=True),
-    Field("timeout", "timeout_s", read_seconds, is_own=True),
+    Field("truncation_direction", "keep_end", _KEEP_END, ("tei",)),
+    Field("truncation_side", "keep_end", _KEEP_END),
+    Field("return_characters_read", "return_characters_read", _BOOLEAN, is_own=True),
+    Field("timeout", "timeout_s", _SECONDS, is_own=True),
 )
 
 # -- JSON, stricter than Python's: names are unique (readers differ in which of two they take: RFC
@@ -904,6 +853,10 @@ _JSON = json.JSONDecoder(
     parse_float=functools.partial(_json_number, float), parse_constant=_json_constant)
 
 
+def _wrong(name: str, expected: str, value: Any) -> BadRequestError:
+    return BadRequestError(_expected(name, expected, {name: value}), name)
+
+
 def _expected(name: str, expected: str, body: dict[str, Any], others: Sequence[str] = ()) -> str:
     """others: the keys that would do as well."""
     if name in body:
@@ -950,13 +903,13 @@ class Pair:
         """Tokens that it adds to a batch with its prefix."""
         return len(self.ids) - self.n_shared
 
-    @property
+    @functools.cached_property
     def prefix(self) -> tuple[int, ...]:
         return tuple(self.ids[: self.n_shared])
 
     @property
     def key(self) -> bytes:
-        """Equal for pairs that the model cannot tell apart: 16 bytes of BLAKE2b."""
+        """Equal for pairs that the model cannot tell apart."""
         ids = array.array("i", (*self.ids, -1, *self.query_ids))
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
@@ -968,7 +921,7 @@ class Frame:
     head: tuple[int, ...]
     tail: tuple[int, ...]
     room: int  # tokens
-    n_dropped: int  # tokens of the query that were cut
+    n_dropped: int = 0  # tokens of the query that were cut
     query_ids: tuple[int, ...] = ()
     n_shared: int = 0
 
@@ -982,8 +935,8 @@ class Frame:
 class Pairs:
     """Makes the pairs of one model; a subclass says how it frames a passage. Any thread."""
 
-    passage_prefix = ""
-    _prefix_ids: tuple[int, ...] = ()  # of it, without a space that may belong to the passage
+    query_prefix = passage_prefix = ""
+    _prefix_ids: tuple[int, ...] = ()  # passage_prefix's, without a space that may be the passage's
 
     def __init__(self, tokenize: Tokenizer, max_length: int) -> None:
         self._tokenize, self._max_length = tokenize, max_length
@@ -991,24 +944,22 @@ class Pairs:
 
     def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
         """One pair for each passage."""
-        frame = self._frame_for(query, cut)
-        room = min(frame.room, cut.max_passage or frame.room)
-        pairs = []
+        frame, pairs = self._frame(query, cut), []
         for passage in passages:
             ids = self._tokenize(self.passage_prefix + passage)
-            kept = ids[:room]
-            if cut.keep_end and len(ids) > room:
+            kept = ids[: frame.room]
+            if cut.keep_end and len(ids) > frame.room:
                 prefix, rest = self._split_prefix(ids)
-                kept = [*prefix, *rest[len(rest) - max(0, room - len(prefix)) :]]
+                kept = [*prefix, *rest[len(rest) - max(0, frame.room - len(prefix)) :]]
             pairs.append(frame.pair(kept, len(ids) - len(kept)))
         return pairs
 
     def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
         """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
         which together hold all of it, unless there may be only so many."""
-        frame = self._frame_for(query, cut)
+        frame = self._frame(query, cut)
         ids = self._tokenize(self.passage_prefix + passage)
-        prefix, rest = self._split_prefix(ids[: cut.max_passage or len(ids)])
+        prefix, rest = self._split_prefix(ids[: cut.max_passage])
         size = max(1, frame.room - len(prefix))
         overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
         starts = range(0, max(1, len(rest) - overlap), size - overlap)[: cut.max_windows]
@@ -1017,8 +968,7 @@ class Pairs:
 
     def room(self, query: str, cut: Cut = Cut()) -> int:
         """Tokens that `make` leaves to a passage."""
-        room = self._frame_for(query, cut).room
-        return min(room, cut.max_passage or room)
+        return self._frame(query, cut).room
 
     def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
         """How much of the passage's start (or end) is no more than so many tokens, to within a
@@ -1040,11 +990,18 @@ class Pairs:
         n = n if tuple(ids[:n]) == self._prefix_ids else 0
         return ids[:n], ids[n:]
 
-    def _frame_for(self, query: str, cut: Cut) -> Frame:
-        max_length = min(cut.max_length or self._max_length, self._max_length)
-        return self._frame(query, max_length, cut.max_query or MANY)
+    def _frame(self, query: str, cut: Cut) -> Frame:
+        max_length = min(cut.max_length or MANY, self._max_length)
+        ids = self._tokenize(self.query_prefix + query)
+        kept = ids[: min(cut.max_query or MANY, self._query_room(max_length))]
+        frame = self._frame_of(kept, max_length)
+        room = max(0, min(frame.room, cut.max_passage or MANY))
+        return dataclasses.replace(frame, room=room, n_dropped=len(ids) - len(kept))
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
+    def _query_room(self, max_length: int) -> int:
+        return max_length * 3 // 4  # FlagEmbedding's rule
+
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
         raise NotImplementedError
 
 
@@ -1061,13 +1018,11 @@ class CrossEncoderPairs(Pairs):
         max_length: int,
     ) -> None:
         super().__init__(tokenize, max_length)
-        self._first, self._separators, self._last = first, tuple(separators), last
+        self._first, self._separators, self._last = first, separators, last
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
-        ids, kept = self._tokenize(query), min(max_query, max_length * 3 // 4)
-        head = (self._first, *ids[:kept], *self._separators)
-        room = max(0, max_length - len(head) - 1)
-        return Frame(head, (self._last,), room, max(0, len(ids) - kept))
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+        head = (self._first, *query, *self._separators)
+        return Frame(head, (self._last,), max_length - len(head) - 1)
 
 
 @dataclass(frozen=True)
@@ -1095,18 +1050,16 @@ class PromptPairs(Pairs):
         self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int
     ) -> None:
         super().__init__(tokenize, max_length)
-        self._bos, self._parts, self.passage_prefix = bos, parts, parts.passage_prefix
+        self.query_prefix, self.passage_prefix = parts.query_prefix, parts.passage_prefix
         self._prefix_ids = tuple(tokenize(parts.passage_prefix.rstrip()))
-        self._separator = tuple(tokenize(parts.separator))
+        self._bos, self._separator = bos, tuple(tokenize(parts.separator))
         self._tail = self._separator + tuple(tokenize(parts.prompt))
         self.longest = max_length + 2 * len(self._tail)
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
-        ids = self._tokenize(self._parts.query_prefix + query)
-        kept = min(max_query, max_length * 3 // 4)
-        head = (self._bos, *ids[:kept], *self._separator)
-        room = min(max_length, max(0, max_length + len(self._tail) - len(head)))
-        return Frame(head, self._tail, room, max(0, len(ids) - kept), n_shared=len(head))
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+        head = (self._bos, *query, *self._separator)
+        room = min(max_length, max_length + len(self._tail) - len(head))
+        return Frame(head, self._tail, room, n_shared=len(head))
 
 
 class TextPairs(Pairs):
@@ -1117,34 +1070,30 @@ class TextPairs(Pairs):
         super().__init__(tokenize, max_length)
         self._first, self._last = first, last
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
-        ids, room = self._tokenize(query), max_length - 2
-        kept = min(room, max_query)
-        query_ids = (self._first, *ids[:kept], self._last)
-        return Frame((self._first,), (self._last,), room, max(0, len(ids) - kept), query_ids)
+    def _query_room(self, max_length: int) -> int:
+        return max_length - 2
+
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+        query_ids = (self._first, *query, self._last)
+        return Frame((self._first,), (self._last,), max_length - 2, query_ids=query_ids)
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
     """For each passage of `indices` its pair, or its windows. Raises BadRequestError for one that
     may not be cut."""
-    if request.on_overflow == CHUNK:
-        return [
-            pairs.windows(request.query_of(index), request.passages[index], request.cut)
-            for index in indices
-        ]
-    by_query: dict[str, list[int]] = {}
-    for index in indices:
-        by_query.setdefault(request.query_of(index), []).append(index)
-    made: dict[int, Pair] = {}
-    for query, own in by_query.items():
-        texts = [request.passages[index] for index in own]
-        made.update(zip(own, pairs.make(query, texts, request.cut), strict=True))
-    for index, pair in made.items():
+    made: list[list[Pair]] = []
+    for query, own in itertools.groupby(indices, request.query_of):
+        passages = [request.passages[index] for index in own]
+        if request.on_overflow == CHUNK:
+            made += [pairs.windows(query, passage, request.cut) for passage in passages]
+        else:
+            made += [[pair] for pair in pairs.make(query, passages, request.cut)]
+    for index, (pair, *_) in zip(indices, made, strict=True):
         if request.on_overflow == ERROR and pair.truncated:
             name = f"{request.texts}[{index}]"
             message = f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query"
             raise BadRequestError(message, name)
-    return [[made[index]] for index in indices]
+    return made
 
 
 def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
@@ -1166,18 +1115,13 @@ class VocabTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         raw = text.encode("utf-8")
-        if not raw:
-            return []
-        ids, count = self._tokenize(raw, len(raw) + 16)  # about an id for each byte at most
-        if count < 0:
-            ids, count = self._tokenize(raw, -count)
-        if count < 0:
-            raise EngineError("the tokenizer failed")
-        return list(ids[:count])
-
-    def _tokenize(self, raw: bytes, size: int) -> tuple[Any, int]:
-        buffer = (ctypes.c_int32 * size)()
-        return buffer, self._native(self._vocab, raw, len(raw), buffer, size, False, False)
+        count = -len(raw) - 16  # about an id for each byte at most; else it says how many
+        for _ in range(2):
+            buffer = (ctypes.c_int32 * -count)()
+            count = self._native(self._vocab, raw, len(raw), buffer, -count, False, False)
+            if count >= 0:
+                return list(buffer[:count])
+        raise EngineError("the tokenizer failed")
 
 
 class XlmRobertaTokenizer(VocabTokenizer):
@@ -1199,12 +1143,11 @@ class WordPieceTokenizer:
     def __init__(
         self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
     ) -> None:
-        """pieces: the GGUF's token texts; one that begins a word is stored as "▁piece" there."""
-        self._starts: dict[str, int] = {}
-        self._continuations: dict[str, int] = {}
-        for index, piece in enumerate(pieces):
-            kind = self._starts if piece.startswith("▁") else self._continuations
-            kind[piece.removeprefix("▁")] = index
+        """pieces: the GGUF's, where BERT's `piece` is "▁piece", and its `##piece` is "piece"."""
+        self._ids = {
+            piece[1:] if piece.startswith("▁") else f"##{piece}": index
+            for index, piece in enumerate(pieces)
+        }
         self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
         self._word = functools.lru_cache(self.WORDS_KEPT)(self._split_word)
         self._fold = CharacterTable(self._fold_character)
@@ -1234,15 +1177,14 @@ class WordPieceTokenizer:
 
     def _split_word(self, word: str) -> tuple[int, ...]:
         ids: list[int] = []
-        start, pieces = 0, self._starts
+        start, mark = 0, ""
         while start < len(word):
-            end = len(word)
-            while end > start and word[start:end] not in pieces:
-                end -= 1
-            if end == start:
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if mark + word[start:end] in self._ids), None)
+            if end is None:
                 return (self._unknown,)
-            ids.append(pieces[word[start:end]])
-            start, pieces = end, self._continuations
+            ids.append(self._ids[mark + word[start:end]])
+            start, mark = end, "##"
         return tuple(ids)
 
 
@@ -1270,8 +1212,7 @@ def _clean_character(character: str) -> str:
     # Not Cn: an emoji may be newer than Python's tables.
     if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
         return ""
-    code = ord(character)
-    is_ideograph = any(low <= code <= high for low, high in _IDEOGRAPHS)
+    is_ideograph = any(low <= ord(character) <= high for low, high in _IDEOGRAPHS)
     return f" {character} " if is_ideograph else character
 
 
@@ -1329,7 +1270,7 @@ class Call:
             self.check()
 
 
-_SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
+_TIMES = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
 _TENTHS = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1)
 
 
@@ -1338,45 +1279,42 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
-        info, role = prometheus_client.Info, ("role",)
-        self.requests = self._new(
-            counter, "requests", "answers; status 499: the client hung up", ("route", "status"))
-        self.request_seconds = self._seconds(
+
+        def ours(kind: Any) -> Any:
+            return functools.partial(kind, namespace="rerank", registry=self.registry)
+
+        counter, gauge = ours(prometheus_client.Counter), ours(prometheus_client.Gauge)
+        histogram, info = ours(prometheus_client.Histogram), ours(prometheus_client.Info)
+        seconds = functools.partial(histogram, buckets=_TIMES)
+        role = ("role",)
+        self.requests = counter(
+            "requests", "answers; status 499: the client hung up", ("route", "status"))
+        self.request_seconds = seconds(
             "request_seconds", "from a request's arrival to its answer", ("route",))
-        self.queue_seconds = self._seconds(
-            "queue_seconds", "while a request's pairs waited for their turn")
-        self.tokenise_seconds = self._seconds("tokenise_seconds", "a request's tokenising")
-        self.inference_seconds = self._seconds(
-            "inference_seconds", "decodes with a pair of the request")
-        self.batch_fill_ratio = self._new(
-            prometheus_client.Histogram, "batch_fill_ratio",
-            "tokens of a decode, as a part of --ubatch", role, buckets=_TENTHS)
-        self.pairs = self._new(counter, "pairs", "pairs that were scored", role)
-        self.tokens = self._new(counter, "tokens", "their tokens, without a shared prefix", role)
-        self.failed_batches = self._new(
-            counter, "failed_batches", "decodes that failed, with all requests in them", role)
-        self.cache_hits = self._new(counter, "cache_hits", "pairs whose score was known", role)
-        self.truncated_passages = self._new(
-            counter, "truncated_passages", "passages that were cut", role)
-        self.replaced_passages = self._new(
-            counter, "replaced_passages", "passages with half a character", role)
-        self.queue_tokens = self._new(gauge, "queue_tokens", "tokens that wait", role)
-        self.queue_requests = self._new(
-            gauge, "queue_requests", "requests that wait or are being scored", role)
-        self.model_loaded = self._new(gauge, "model_loaded", "1: in memory", role)
-        self.model = self._new(info, "model", "the file of a role", role)
-        self._new(gauge, "accel_bytes", "weights in the int8 engine").set_function(accel_bytes)
-        self._new(gauge, "resident_bytes", "of the process").set_function(resident_bytes)
+        self.queue_seconds = seconds(
+            "queue_seconds", "while a request's pairs waited for their turn", role)
+        self.tokenise_seconds = seconds("tokenise_seconds", "a request's tokenising", role)
+        self.inference_seconds = seconds(
+            "inference_seconds", "decodes with a pair of the request", role)
+        self.batch_fill_ratio = histogram(
+            "batch_fill_ratio", "tokens of a decode, as a part of --ubatch", role, buckets=_TENTHS)
+        self.pairs = counter("pairs", "pairs that were scored", role)
+        self.tokens = counter("tokens", "their tokens, without a shared prefix", role)
+        self.failed_batches = counter(
+            "failed_batches", "decodes that failed, with all requests in them", role)
+        self.cache_hits = counter("cache_hits", "pairs whose score was known", role)
+        self.truncated_passages = counter("truncated_passages", "passages that were cut", role)
+        self.replaced_passages = counter(
+            "replaced_passages", "passages with half a character", role)
+        self.queue_tokens = gauge("queue_tokens", "tokens that wait", role)
+        self.queue_requests = gauge(
+            "queue_requests", "requests that wait or are being scored", role)
+        self.model_loaded = gauge("model_loaded", "1: in memory", role)
+        self.model = info("model", "the file of a role", role)
+        gauge("accel_bytes", "weights in the int8 engine").set_function(accel_bytes)
+        gauge("resident_bytes", "of the process").set_function(resident_bytes)
         versions = {"version": __version__, "llama_cpp_python": llama_version()}
-        self._new(info, "build", "versions").info(versions)
-
-    def _new(self, kind: Any, name: str, help: str, labels: Sequence[str] = (), **more: Any) -> Any:
-        return kind(f"rerank_{name}", help, labels, registry=self.registry, **more)
-
-    def _seconds(self, name: str, help: str, labels: Sequence[str] = ("role",)) -> Any:
-        kind = prometheus_client.Histogram
-        return self._new(kind, name, help, labels, buckets=_SECONDS)
+        info("build", "versions").info(versions)
 
     def add_role(self, role: Role) -> None:
         name, model = role.name, role.description
@@ -1408,18 +1346,16 @@ def take_batch(
     """
     taken: list[T] = []
     passed: list[T] = []
-    n_seen = 0
     for candidate in waiting:
         if len(taken) >= most or len(passed) >= MAX_SEQUENCES or (room <= 0 and taken):
             break
-        n_seen += 1
         size = n_tokens(candidate)
         if size <= room or not (taken or is_shared):
             taken.append(candidate)
             room -= size
         else:
             passed.append(candidate)
-    waiting[:n_seen] = passed
+    waiting[: len(taken) + len(passed)] = passed
     return taken
 
 
@@ -1451,13 +1387,19 @@ class Entry:
     pair: Pair
     key: bytes
     job: Job
-    prefix: tuple[int, ...]
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        return self.pair.prefix
+
     def order(self) -> tuple[tuple[int, ...], int]:
         """Pairs with one prefix stand together: the engine then computes it once. Long pairs go
         first, so that short ones fill the decodes."""
         return self.prefix, -self.pair.n_new
+
+
+def n_new(entries: Iterable[Entry]) -> int:
+    return sum(entry.pair.n_new for entry in entries)
 
 
 class Queue:
@@ -1483,27 +1425,21 @@ class Queue:
         is tokenised. Raises OverloadedError when as much waits as may (one job counts for at most
         half of it: a list of any length is accepted, and leaves room for others), and
         UnavailableError once the queue is closed."""
-        job = Job(n_estimated)
+        job, half = Job(n_estimated), self._max_tokens // 2
         with self._lock:
             if self._closed:
                 raise UnavailableError("the server is stopping")
-            excess = sum(map(self._charge, (*self._jobs, job))) - self._max_tokens
+            charges = [min(other.n_tokens, half) for other in (*self._jobs, job)]
+            excess = sum(charges) - self._max_tokens
             if excess > 0:
-                raise OverloadedError(self.n_tokens, self._seconds_for(excess))
+                seconds = math.ceil(excess / self._tokens_per_s) if self._tokens_per_s else 1
+                raise OverloadedError(self.n_tokens, min(MAX_RETRY_AFTER_S, seconds))
             self._jobs.add(job)
         try:
             yield job
         finally:
             with self._lock:
                 self._end(job)
-
-    def _charge(self, job: Job) -> int:
-        return min(job.n_tokens, self._max_tokens // 2)
-
-    def _seconds_for(self, n_tokens: int) -> int:
-        """Until the engine will have scored so many, by what it scored lately."""
-        seconds = n_tokens / self._tokens_per_s if self._tokens_per_s else 1
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
 
     @property
     def n_tokens(self) -> int:
@@ -1517,15 +1453,15 @@ class Queue:
     def wait_for_room(self, job: Job, max_waiting: int, call: Call) -> None:
         """Until no more than so many tokens of the job wait: a long list is tokenised only a little
         ahead of the engine. Raises what Call.check does."""
-        while not self._has_room(job, max_waiting):
-            call.check()
 
-    def _has_room(self, job: Job, max_waiting: int) -> bool:
         def has_room() -> bool:
             return job.n_waiting <= max_waiting or job.scored.done()
 
-        with self._lock:
-            return self._room.wait_for(has_room, HANG_UP_POLL_S)
+        while True:
+            with self._lock:
+                if self._room.wait_for(has_room, HANG_UP_POLL_S):
+                    return
+            call.check()
 
     def append(self, job: Job, pairs: dict[bytes, Pair], n_estimated: int) -> None:
         """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still
@@ -1537,10 +1473,9 @@ class Queue:
             job.n_estimated = n_estimated
             if not pairs or job not in self._jobs:
                 return
-            for key, pair in pairs.items():
-                entry = Entry(pair, key, job, pair.prefix)
-                bisect.insort(job.waiting, entry, key=_entry_order)
-                job.n_waiting += pair.n_new
+            entries = [Entry(pair, key, job) for key, pair in pairs.items()]
+            job.waiting = sorted([*job.waiting, *entries], key=Entry.order)
+            job.n_waiting += n_new(entries)
             job.submitted = min(job.submitted, time.monotonic())
             if job not in self._turns and job is not self._served:
                 self._turns.append(job)
@@ -1574,13 +1509,12 @@ class Queue:
             job = self._served = self._turns.pop(0)
             prefix = job.waiting[0].prefix
             batch = self._take(job, prefix, max_batch_tokens, max_sequences)
-            n_own = sum(entry.pair.n_new for entry in batch)
-            room = min(max_batch_tokens - n_own, n_own)
+            room = min(max_batch_tokens - n_new(batch), n_new(batch))
             for other in self._turns:
                 if room > 0 and other.n_tokens <= max_batch_tokens:
                     most = max_sequences - len(batch)
                     shared = self._take(other, prefix, room, most, is_shared=True)
-                    room -= sum(entry.pair.n_new for entry in shared)
+                    room -= n_new(shared)
                     batch += shared
             self._turns = [other for other in self._turns if other.waiting]
             self._room.notify_all()
@@ -1598,20 +1532,19 @@ class Queue:
             return entry.pair.n_new if entry.prefix == prefix else math.inf
 
         batch = take_batch(job.waiting, n_tokens, room, most, is_shared)
-        job.n_waiting -= sum(entry.pair.n_new for entry in batch)
+        job.n_waiting -= n_new(batch)
         return batch
 
     def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
         """What the engine made of a batch. A logit that is no number fails its own job, not the
         others."""
         with self._lock:
-            rate = sum(entry.pair.n_new for entry in batch) / max(seconds, 1e-6)
+            rate = n_new(batch) / max(seconds, 1e-6)
             weight = 0.1 if self._tokens_per_s else 1
             self._tokens_per_s += (rate - self._tokens_per_s) * weight
             for entry, logit in zip(batch, logits, strict=True):
-                if math.isfinite(logit):
-                    entry.job.logits[entry.key] = logit
-                else:
+                entry.job.logits[entry.key] = logit
+                if not math.isfinite(logit):
                     error = EngineError(f"the model gave {logit} in place of a score")
                     self._fail(entry.job, error)
             for job in {entry.job for entry in batch}:
@@ -1659,10 +1592,6 @@ class Queue:
         with self._lock:
             self._closed = True
             self._work.notify()
-
-
-def _entry_order(entry: Entry) -> tuple[tuple[int, ...], int]:
-    return entry.order
 
 
 class Scheduler:
@@ -1725,7 +1654,7 @@ class Scheduler:
                 self._score(engine, batch)
 
     def _score(self, engine: Engine, batch: list[Entry]) -> None:
-        started, n_tokens = time.monotonic(), sum(entry.pair.n_new for entry in batch)
+        started, n_tokens = time.monotonic(), n_new(batch)
         fill = n_tokens / engine.max_batch_tokens
         self._metrics.batch_fill_ratio.labels(self._name).observe(fill)
         try:
