@@ -16,11 +16,10 @@ One request, from socket to floats:
                        -> Queue.finish
     HTTP thread        Calibration.score (sigmoid; NaN refused) -> the contract's writer -> JSON
 
-Each model has one scheduler thread, and only that thread touches the model's llama context, so no
-lock guards it. Tokenising is safe from any thread (llama.h) and happens in the HTTP threads.
+Only a model's one scheduler thread touches its llama context, so no lock guards it. Tokenising is
+safe from any thread (llama.h).
 
-The file is in the order in which the data flows: settings, errors, request, pairs, queue and
-scheduler, model file, llama, engines, roles, answers, application, HTTP, start.
+The file is in the order in which the data flows.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=ge
 
 
 class SettingsError(Exception):
-    """A flag or an environment variable that cannot be used; the message names it."""
+    """The message names the flag or the environment variable."""
 
 
 def _setting(default: Any, help: str, *allowed: Any) -> Any:
@@ -108,10 +107,7 @@ def _setting(default: Any, help: str, *allowed: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting: its flag is --name-with-dashes, its environment variable RERANK_NAME.
-
-    Raises SettingsError for a value out of its range or a combination that cannot work.
-    """
+    """Raises SettingsError for a value out of its range or a combination that cannot work."""
 
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", 0, 65535)
@@ -183,8 +179,7 @@ class Settings:
         for field in dataclasses.fields(self):
             _check_setting(field, getattr(self, field.name))
         if 0 < self.ubatch < MIN_UBATCH_TOKENS:
-            least = f"0 or at least {MIN_UBATCH_TOKENS}"
-            raise SettingsError(f"--ubatch must be {least}, not {self.ubatch}")
+            raise SettingsError(f"--ubatch must be 0 or at least {MIN_UBATCH_TOKENS}")
         if self.max_bodies_mb < self.max_body_mb:
             raise SettingsError("--max-bodies-mb must have room for one --max-body-mb")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -223,24 +218,25 @@ def settings_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rerank_server.py",
         description="Serve GGUF rerankers: POST /rerank {query, passages, use_llm}.",
-        epilog="Each flag has an environment variable: --max-length is RERANK_MAX_LENGTH. "
-        "A flag wins over it.")
+        epilog="A flag wins over its environment variable: --max-length is RERANK_MAX_LENGTH.")
     for field in dataclasses.fields(Settings):
         kind: dict[str, Any] = {"metavar": field.name.upper()}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         help = f"{field.metadata['help']} (default: {field.default})"
         parser.add_argument(flag_of(field.name), default=None, help=help, **kind)
-    help = "check one GGUF file as the server would, and exit"
-    parser.add_argument("--check", type=Path, metavar="FILE", help=help)
-    help = "with --check: score its {query, passage} lines and show their tokens (-: stdin)"
-    parser.add_argument("--pairs", metavar="JSONL", help=help)
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE",
+        help="check one GGUF file as the server would, and exit")
+    parser.add_argument(
+        "--pairs", metavar="JSONL",
+        help="with --check: score its {query, passage} lines and show their tokens (-: stdin)")
     parser.add_argument("--version", action="version", version=f"rerank-server {__version__}")
     return parser
 
 
 def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Settings:
-    """Settings from flags, else environment, else defaults. Raises SettingsError."""
+    """Raises SettingsError."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Settings):
         given, source = getattr(arguments, field.name), flag_of(field.name)
@@ -313,11 +309,10 @@ def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use (two threads of one core share its multipliers), by
-    its affinity mask and the CPU quota of its cgroup (docker run --cpus)."""
-    cpus: Iterable[int] = range(os.cpu_count() or 1)
-    if hasattr(os, "sched_getaffinity"):
-        cpus = os.sched_getaffinity(0)
+    """Physical ones (two threads of one core share its multipliers), by affinity mask and the CPU
+    quota of the cgroup (docker run --cpus)."""
+    has_mask = hasattr(os, "sched_getaffinity")
+    cpus = os.sched_getaffinity(0) if has_mask else range(os.cpu_count() or 1)
     cores = {_read(Path(f"{CPUS}{cpu}/topology/thread_siblings_list")) or cpu for cpu in cpus}
     return int(max(1, min(len(cores), _cgroup_cpus(CGROUPS))))
 
@@ -340,15 +335,14 @@ def _cgroup_folders(root: Path) -> list[Path]:
 
 
 def _cgroup_cpus(root: Path) -> float:
-    """The smallest quota of any group; infinite without one."""
     quotas = [_read(folder / "cpu.max").split() for folder in _cgroup_folders(root)]
     given = [int(quota[0]) / int(quota[1]) for quota in quotas if quota and quota[0] != "max"]
     return max(1.0, min(given, default=math.inf))
 
 
 def available_bytes() -> float:
-    """What this process may still use, of the machine's memory and of its cgroups' limits, where
-    pages of files count as free: the kernel can drop them."""
+    """Of the machine and within the cgroups' limits. Pages of files count as free: the kernel can
+    drop them."""
     free = [_number_in(Path("/proc/meminfo"), "MemAvailable:") * 1024 or math.inf]
     for folder in _cgroup_folders(CGROUPS):
         limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
@@ -359,13 +353,12 @@ def available_bytes() -> float:
 
 
 def _number_in(path: Path, name: str) -> int:
-    """What stands behind a name in a file of /proc or /sys; 0 where there is none."""
+    """What stands behind a name; 0 where there is none."""
     found = re.search(rf"^{name}\s+(\d+)", _read(path), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (Linux; elsewhere 0)."""
     return _number_in(Path("/proc/self/status"), "VmRSS:") * 1024
 
 
@@ -375,10 +368,7 @@ def resident_bytes() -> int:
 
 
 class RequestError(Exception):
-    """An answer that is not a success. One may answer several requests: nothing changes it.
-
-    param: the field of the body that is wrong, where there is one.
-    """
+    """One may answer several requests: nothing changes it. param: the field that is wrong."""
 
     status, error_type = 500, "internal_error"
 
@@ -389,8 +379,8 @@ class RequestError(Exception):
         self.message, self.param, self.headers = message, param, headers or {}
 
     def body(self, is_text: bool = False) -> dict[str, Any]:
-        """One body that every family of clients can read: `error.message`, `message` (Cohere),
-        `detail` (Jina). is_text: `error` is a string, as TEI's and Weaviate's clients need it."""
+        """For every family of clients: `error.message`, `message` (Cohere), `detail` (Jina).
+        is_text: `error` is a string, as TEI's and Weaviate's clients need it."""
         text, kind = self.message, self.error_type
         error: dict[str, Any] = {"message": text, "type": kind, "code": self.status}
         if self.param is not None:
@@ -445,19 +435,17 @@ class DeadlineError(RequestError):
 
 
 class ModelError(Exception):
-    """A GGUF file that must not be served. One line: what is wrong, how to get a right one."""
+    """Of a GGUF file: one line that says what is wrong and how to get a right one."""
 
 
 # --------------------------------------------------------------------------------------------------
 # Request: path and body become one frozen object here; nothing further in looks at JSON
-#
-# ENDPOINTS says where a request goes, CONTRACTS whose words it speaks, FIELDS what else a body may
-# hold; docs/openapi.py makes web/openapi.json of them.
+# (docs/openapi.py makes web/openapi.json of ENDPOINTS, CONTRACTS and FIELDS)
 # --------------------------------------------------------------------------------------------------
 
 MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time with the square of them
 MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
-BYTES_PER_TOKEN = 3  # of text, to know roughly what a request asks for; English has about 4
+BYTES_PER_TOKEN = 3  # a guess; English has about 4, and no text has less than 1
 TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
 MANY = 2**31 - 1
 
@@ -473,8 +461,7 @@ ENDPOINTS = {
 
 
 def endpoint_of(method: str, path: str) -> str | None:
-    """The endpoint that serves a path, or none. Slashes may be repeated and trail; /v1/models/NAME
-    is one of /v1/models, and a NAME may hold slashes."""
+    """Slashes may be repeated and trail; the NAME in /v1/models/NAME may hold some."""
     segments = segments_of(path)
     if not segments:
         return RERANK if method == "POST" else "/"
@@ -502,12 +489,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class RerankRequest:
-    """What every contract becomes. queries: one for all passages or one for each.
-
-    texts: the client's word for the passages. documents: as they were sent. replaced: passages with
-    half a character, read as U+FFFD. asks_more: it holds a field that only this server knows, so
-    its client reads more than its contract's keys.
-    """
+    """queries: one for all passages or one for each. texts: the client's word for the passages.
+    documents: as they were sent. replaced: passages with half a character, read as U+FFFD.
+    asks_more: it holds a field that only this server knows, so its client reads more than its
+    contract's keys."""
 
     queries: tuple[str, ...]
     passages: tuple[str, ...]
@@ -530,8 +515,7 @@ class RerankRequest:
 
     @staticmethod
     def parse(raw: bytes, path: str = RERANK) -> tuple[RerankRequest, str]:
-        """The request, and the name of its contract. Raises BadRequestError that names the field,
-        and for a passage its index."""
+        """The request, and the name of its contract. Raises BadRequestError."""
         body, wrapper = _unwrapped(parse_json_object(raw))
         contract = contract_of(body, path, wrapper)
         values = _read_texts(body, contract)
@@ -543,8 +527,8 @@ class RerankRequest:
             values["asks_more"] |= field.is_own
             read = field.read(value, field.name)
             if read is not None:
-                target = cut if field.target in Cut.__dataclass_fields__ else values
-                target[field.target] = read
+                target = field.target or field.name
+                (cut if target in Cut.__dataclass_fields__ else values)[target] = read
         if "max_windows" in cut or "overlap" in cut:
             values.setdefault("on_overflow", CHUNK)
         request = RerankRequest(**values, cut=Cut(**cut))
@@ -555,8 +539,7 @@ class RerankRequest:
         return self.queries[index % len(self.queries)]
 
     def estimate_tokens(self, longest: int, n: int | None = None) -> int:
-        """What the n longest pairs (default: all) will be about, a token for each BYTES_PER_TOKEN
-        of their texts. A byte is at most one token, so at most BYTES_PER_TOKEN times this come."""
+        """Of the n longest pairs (default: all), for each of which at most `longest` are kept."""
         most = math.inf if self.on_overflow == CHUNK else longest
         queries = itertools.cycle([len(query.encode()) for query in self.queries])
         sizes = [
@@ -587,10 +570,12 @@ ERRORS_AS_TEXT = re.compile(rb'"(?:texts|property)"[ \t\r\n]*:')  # TEI's and We
 def _unwrapped(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """huggingface.js and khoj wrap a body in inputs, DashScope in input with parameters beside it.
     It becomes flat; and the wrapper's name."""
+    parameters = body.get("parameters")
     for name in ("inputs", "input"):
-        inner, parameters = body.get(name), body.get("parameters")
+        inner = body.get(name)
         if isinstance(inner, dict) and not _key_of(body, PASSAGE_KEYS):
-            return {**body, **(parameters if isinstance(parameters, dict) else {}), **inner}, name
+            outer = parameters if isinstance(parameters, dict) else {}
+            return {**body, **outer, **inner}, name
     return body, ""
 
 
@@ -601,7 +586,6 @@ def _key_of(body: dict[str, Any], names: Sequence[str], default: str = "") -> st
 
 
 def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
-    """Which of CONTRACTS a body speaks: its keys say it, and the path where it must."""
     texts, segments = _key_of(body, PASSAGE_KEYS), segments_of(path)
     if endpoint_of("POST", path) == SCORE:
         return "score"
@@ -623,8 +607,7 @@ def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
 
 
 def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
-    """Fields of RerankRequest. /score takes one text for a list, and several queries, pair by
-    pair."""
+    """/score takes one text for a list, and several queries, pair by pair."""
     defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
     query_key, texts_key = defaults.get(contract, ("query", "documents"))
     query_key = _key_of(body, QUERY_KEYS, query_key)
@@ -664,8 +647,7 @@ def _rank_fields(body: dict[str, Any]) -> Sequence[str]:
 
 
 def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
-    """A string, an object that holds a text, or a list of such objects (content parts), whose texts
-    are joined. Raises BadRequestError."""
+    """A string, an object that holds a text, or a list of such objects (content parts)."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
@@ -680,7 +662,7 @@ def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
 
 
 def _whole_characters(text: str) -> str:
-    """Clients cut texts in the middle of an emoji, and JSON carries the half that is left."""
+    """Clients cut texts in the middle of an emoji, and JSON carries half of it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -693,13 +675,13 @@ def _whole_characters(text: str) -> str:
 
 @dataclass(frozen=True)
 class Field:
-    """An optional key of a body. target: of RerankRequest or Cut. read: (value, name) to what is
-    kept; None: it says nothing. contracts: those that know it; none: all. is_own: nobody else
-    knows it."""
+    """An optional key of a body. read: (value, name) to what is kept; None: it says nothing.
+    target: of RerankRequest or Cut, where it has another name. contracts: those that know it; none:
+    all. is_own: nobody else knows it."""
 
     name: str
-    target: str
     read: Callable[[Any, str], Any]
+    target: str = ""
     contracts: tuple[str, ...] = ()
     is_own: bool = False
 
@@ -760,7 +742,7 @@ def read_ids(value: Any, name: str) -> tuple[Any, ...]:
 _NO_LIMIT = (0, -1)
 _COUNT, _TOP_N, _LIMIT = Number(1), Number(0), Number(1, unlimited=_NO_LIMIT)
 _LENGTH = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
-_LENGTH_OR_ALL = dataclasses.replace(_LENGTH, unlimited=_NO_LIMIT)
+_LENGTH_OR_ALL = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS, _NO_LIMIT)
 _FLOAT = Number(-sys.float_info.max, sys.float_info.max, kind=float)
 _SECONDS = Number(0.001, kind=float)
 _BOOLEAN = Choice({"true": True, "false": False})
@@ -769,30 +751,30 @@ _MAY_CUT = Choice({"true": None, "false": ERROR})
 _OVERFLOW = Choice({word: word for word in (TRUNCATE, ERROR, CHUNK)})
 _KEEP_END = Choice({"left": True, "right": False})
 FIELDS = (  # what each does is said in docs/openapi.py
-    Field("model", "model", read_string),
-    Field("use_llm", "use_llm", _BOOLEAN, is_own=True),
-    Field("llm_top_n", "llm_top_n", _COUNT, is_own=True),
-    Field("k", "top_n", _TOP_N),
-    Field("top_k", "top_n", _TOP_N),
-    Field("top_n", "top_n", _TOP_N),
-    Field("return_documents", "return_documents", _BOOLEAN),
-    Field("return_text", "return_documents", _BOOLEAN, ("tei",)),
-    Field("raw_scores", "raw_scores", _BOOLEAN),
-    Field("min_score", "min_score", _FLOAT, is_own=True),
-    Field("ids", "ids", read_ids, is_own=True),
-    Field("truncate_prompt_tokens", "max_length", _LENGTH_OR_ALL),
-    Field("max_length", "max_length", _LENGTH, is_own=True),
-    Field("max_tokens_per_query", "max_query", _LIMIT),
-    Field("max_tokens_per_doc", "max_passage", _LIMIT),
-    Field("max_chunks_per_doc", "max_windows", _LIMIT),
-    Field("overlap_tokens", "overlap", Number(0, MAX_MAX_LENGTH_TOKENS)),
-    Field("truncate", "on_overflow", _MAY_CUT, ("tei",)),
-    Field("truncation", "on_overflow", _MAY_CUT, ("voyage",)),
-    Field("on_overflow", "on_overflow", _OVERFLOW, is_own=True),
-    Field("truncation_direction", "keep_end", _KEEP_END, ("tei",)),
-    Field("truncation_side", "keep_end", _KEEP_END),
-    Field("return_characters_read", "return_characters_read", _BOOLEAN, is_own=True),
-    Field("timeout", "timeout_s", _SECONDS, is_own=True),
+    Field("model", read_string),
+    Field("use_llm", _BOOLEAN, is_own=True),
+    Field("llm_top_n", _COUNT, is_own=True),
+    Field("k", _TOP_N, "top_n"),
+    Field("top_k", _TOP_N, "top_n"),
+    Field("top_n", _TOP_N),
+    Field("return_documents", _BOOLEAN),
+    Field("return_text", _BOOLEAN, "return_documents", ("tei",)),
+    Field("raw_scores", _BOOLEAN),
+    Field("min_score", _FLOAT, is_own=True),
+    Field("ids", read_ids, is_own=True),
+    Field("truncate_prompt_tokens", _LENGTH_OR_ALL, "max_length"),
+    Field("max_length", _LENGTH, is_own=True),
+    Field("max_tokens_per_query", _LIMIT, "max_query"),
+    Field("max_tokens_per_doc", _LIMIT, "max_passage"),
+    Field("max_chunks_per_doc", _LIMIT, "max_windows"),
+    Field("overlap_tokens", Number(0, MAX_MAX_LENGTH_TOKENS), "overlap"),
+    Field("truncate", _MAY_CUT, "on_overflow", ("tei",)),
+    Field("truncation", _MAY_CUT, "on_overflow", ("voyage",)),
+    Field("on_overflow", _OVERFLOW, is_own=True),
+    Field("truncation_direction", _KEEP_END, "keep_end", ("tei",)),
+    Field("truncation_side", _KEEP_END, "keep_end"),
+    Field("return_characters_read", _BOOLEAN, is_own=True),
+    Field("timeout", _SECONDS, "timeout_s", is_own=True),
 )
 
 # -- JSON, stricter than Python's: names are unique (readers differ in which of two they take: RFC
@@ -800,14 +782,13 @@ FIELDS = (  # what each does is said in docs/openapi.py
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """The body as a dict. A byte order mark (Windows) is skipped. Raises BadRequestError."""
+    """Raises BadRequestError."""
     try:
-        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # Windows' byte order mark
         _check_containers(raw)
         body = _JSON.decode(text)
     except UnicodeDecodeError as error:
-        message = f"the body is not valid UTF-8: byte {error.start} is wrong"
-        raise BadRequestError(message) from None
+        raise BadRequestError(f"the body is not valid UTF-8: byte {error.start}") from None
     except RecursionError:
         raise BadRequestError("the body is nested too deeply") from None
     except ValueError as error:
@@ -818,27 +799,25 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
 
 
 def _check_containers(raw: bytes) -> None:
-    """Brackets inside strings are told apart only where there are many."""
     if raw.count(b"[") + raw.count(b"{") > MAX_JSON_CONTAINERS:
+        # Brackets inside strings do not count.
         bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", raw, flags=re.DOTALL))
         if bare.count(b"[") + bare.count(b"{") > MAX_JSON_CONTAINERS:
-            most = f"{MAX_JSON_CONTAINERS:,} lists and objects"
-            raise BadRequestError(f"the body holds more than {most}")
+            limit = f"{MAX_JSON_CONTAINERS:,} lists and objects"
+            raise BadRequestError(f"the body holds more than {limit}")
 
 
 def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
-        ((name, _),) = Counter(name for name, _ in items).most_common(1)
-        name = name[:100]
+        ((name, _),) = Counter(name[:100] for name, _ in items).most_common(1)
         raise BadRequestError(f"the name {name!r} is in an object of the body twice", name)
     return found
 
 
 def _json_number(kind: Callable[[str], Any], text: str) -> Any:
     if len(text) > MAX_NUMBER_CHARACTERS:
-        count = f"{len(text):,} characters; at most {MAX_NUMBER_CHARACTERS:,} are read"
-        raise BadRequestError(f"a number in the body has {count}")
+        raise BadRequestError(f"a number in the body has {len(text):,} characters")
     if kind is float and not math.isfinite(float(text)):
         raise BadRequestError(f"the number {text[:40]} in the body is more than a float can hold")
     return kind(text)
@@ -881,12 +860,9 @@ Tokenizer = Callable[[str], list[int]]  # without specials; a special token's st
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair as the model sees it.
-
-    ids: with their specials. passage_start: index in ids. query_ids: bi-encoder only, the query's
-    own sequence (ids is then the passage's). n_shared: leading ids that are computed once for all
-    pairs of a query (decoders only). n_dropped: tokens of both texts that were cut.
-    """
+    """ids: with their specials. passage_start: index in ids. n_dropped: tokens of both texts that
+    were cut. query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
+    n_shared: leading ids that are computed once for all pairs of a query (decoders only)."""
 
     ids: Sequence[int]
     passage_start: int
@@ -900,14 +876,13 @@ class Pair:
 
     @property
     def n_new(self) -> int:
-        """Tokens that it adds to a batch with its prefix."""
         return len(self.ids) - self.n_shared
 
     @functools.cached_property
     def prefix(self) -> tuple[int, ...]:
         return tuple(self.ids[: self.n_shared])
 
-    @property
+    @functools.cached_property
     def key(self) -> bytes:
         """Equal for pairs that the model cannot tell apart."""
         ids = array.array("i", (*self.ids, -1, *self.query_ids))
@@ -916,7 +891,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Frame:
-    """What surrounds the passage of a pair: head and tail are whole, the passage gets `room`."""
+    """What surrounds the passage of a pair: head and tail are never cut."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
@@ -926,14 +901,13 @@ class Frame:
     n_shared: int = 0
 
     def pair(self, ids: Sequence[int], n_dropped: int) -> Pair:
-        """Ids of four bytes each: a long list holds many pairs at once."""
-        framed = array.array("i", (*self.head, *ids, *self.tail))
+        framed = array.array("i", (*self.head, *ids, *self.tail))  # four bytes each
         n_dropped += self.n_dropped
         return Pair(framed, len(self.head), n_dropped, self.query_ids, self.n_shared)
 
 
 class Pairs:
-    """Makes the pairs of one model; a subclass says how it frames a passage. Any thread."""
+    """Of one model; a subclass says how it frames a passage. Any thread."""
 
     query_prefix = passage_prefix = ""
     _prefix_ids: tuple[int, ...] = ()  # passage_prefix's, without a space that may be the passage's
@@ -943,7 +917,6 @@ class Pairs:
         self.longest = max_length  # tokens of the longest pair that is made
 
     def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
-        """One pair for each passage."""
         frame, pairs = self._frame(query, cut), []
         for passage in passages:
             ids = self._tokenize(self.passage_prefix + passage)
@@ -955,8 +928,8 @@ class Pairs:
         return pairs
 
     def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
-        """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
-        which together hold all of it, unless there may be only so many."""
+        """Overlapping windows (by a quarter, unless the cut says more) that together hold all of
+        the passage, unless there may be only so many."""
         frame = self._frame(query, cut)
         ids = self._tokenize(self.passage_prefix + passage)
         prefix, rest = self._split_prefix(ids[: cut.max_passage])
@@ -967,28 +940,22 @@ class Pairs:
         return [frame.pair([*prefix, *rest[at : at + size]], n_dropped) for at in starts]
 
     def room(self, query: str, cut: Cut = Cut()) -> int:
-        """Tokens that `make` leaves to a passage."""
         return self._frame(query, cut).room
 
     def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
-        """How much of the passage's start (or end) is no more than so many tokens, to within a
-        word. Searched for, since no tokenizer here says where in the text a token begins."""
+        """How much of the passage's start (or end) so many tokens are, to within a word. Searched
+        for: no tokenizer here says where in the text a token begins."""
 
         def n_tokens_of(n: int) -> int:
             part = passage[len(passage) - n :] if keep_end else passage[:n]
             return len(self._tokenize(self.passage_prefix + part))
 
-        near = max(1, n_tokens)
-        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest stays text
-            near *= 2
-        lengths = range(min(near, len(passage)) + 1)
-        return bisect.bisect_right(lengths, n_tokens, key=n_tokens_of) - 1
+        return bisect.bisect_right(range(len(passage) + 1), n_tokens, key=n_tokens_of) - 1
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The passage's prefix, which every window keeps, and the rest."""
+        """What every window keeps, and the rest."""
         n = len(self._prefix_ids)
-        n = n if tuple(ids[:n]) == self._prefix_ids else 0
-        return ids[:n], ids[n:]
+        return (ids[:n], ids[n:]) if tuple(ids[:n]) == self._prefix_ids else ([], ids)
 
     def _frame(self, query: str, cut: Cut) -> Frame:
         max_length = min(cut.max_length or MANY, self._max_length)
@@ -999,19 +966,16 @@ class Pairs:
         return dataclasses.replace(frame, room=room, n_dropped=len(ids) - len(kept))
 
     def _query_room(self, max_length: int) -> int:
-        return max_length * 3 // 4  # FlagEmbedding's rule
+        return max_length * 3 // 4
 
     def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
         raise NotImplementedError
 
 
 class CrossEncoderPairs(Pairs):
-    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagReranker does.
-
-    The query is cut to 3/4 of max_length, the passage to max_length, then only the passage is
-    shortened until the pair fits, specials counted (FlagEmbedding 1.4.2,
-    BaseReranker.compute_score_single_gpu).
-    """
+    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT). The query is cut to 3/4
+    of max_length, then the passage until the pair fits, specials counted (FlagEmbedding 1.4.2,
+    BaseReranker.compute_score_single_gpu)."""
 
     def __init__(
         self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int,
@@ -1027,7 +991,7 @@ class CrossEncoderPairs(Pairs):
 
 @dataclass(frozen=True)
 class PromptParts:
-    """FlagEmbedding 1.4.2, FlagLLMReranker: what bge-reranker-v2-gemma was trained with."""
+    """What bge-reranker-v2-gemma was trained with (FlagLLMReranker)."""
 
     query_prefix: str = "A: "
     passage_prefix: str = "B: "
@@ -1039,12 +1003,9 @@ class PromptParts:
 
 
 class PromptPairs(Pairs):
-    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own.
-
-    As FlagLLMReranker does, the passage part is cut so that everything before the last separator
-    fits max_length + len(separator) + len(prompt) tokens; the last separator and the prompt are
-    appended after the cut and are always whole.
-    """
+    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own. As in
+    FlagLLMReranker, what stands before the last separator is cut to max_length + len(separator) +
+    len(prompt) tokens."""
 
     def __init__(
         self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int
@@ -1063,8 +1024,7 @@ class PromptPairs(Pairs):
 
 
 class TextPairs(Pairs):
-    """Bi-encoder: query and passage are each `[CLS] text [SEP]`, cut to max_length
-    (sentence-transformers)."""
+    """Query and passage apart, each as `[CLS] text [SEP]` (sentence-transformers)."""
 
     def __init__(self, tokenize: Tokenizer, first: int, last: int, max_length: int) -> None:
         super().__init__(tokenize, max_length)
@@ -1079,8 +1039,8 @@ class TextPairs(Pairs):
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
-    """For each passage of `indices` its pair, or its windows. Raises BadRequestError for one that
-    may not be cut."""
+    """For each passage its pair, or its windows. Raises BadRequestError for one that may not be
+    cut."""
     made: list[list[Pair]] = []
     for query, own in itertools.groupby(indices, request.query_of):
         passages = [request.passages[index] for index in own]
@@ -1098,17 +1058,14 @@ def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> li
 
 def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
     """How much of a passage that was cut the model saw. All of it: then the query was cut."""
-    passage, room = request.passages[index], request.cut.max_passage
-    if request.on_overflow != CHUNK:
-        room = pairs.room(request.query_of(index), request.cut)
-    if room is None:
-        return len(passage)
-    return pairs.n_characters(passage, room, request.cut.keep_end)
+    passage, cut = request.passages[index], request.cut
+    is_cut = request.on_overflow != CHUNK
+    room = pairs.room(request.query_of(index), cut) if is_cut else cut.max_passage
+    return len(passage) if room is None else pairs.n_characters(passage, room, cut.keep_end)
 
 
 class VocabTokenizer:
-    """llama.cpp's own: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it. The pairs
-    bring their own specials, and `</s>` inside a text is text. Any thread."""
+    """llama.cpp's own: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it."""
 
     def __init__(self, vocab: Any) -> None:
         self._vocab, self._native = vocab, llama().llama_tokenize
@@ -1125,20 +1082,18 @@ class VocabTokenizer:
 
 
 class XlmRobertaTokenizer(VocabTokenizer):
-    """U+0085 (NEXT LINE) is the one character at which the reference splits and llama.cpp's
-    tokenizer does not."""
-
     def __call__(self, text: str) -> list[int]:
+        """At NEXT LINE, of all characters, the reference splits and llama.cpp does not."""
         return super().__call__(text.replace("\x85", " "))
 
 
 class WordPieceTokenizer:
     """BERT's tokenizer over the file's vocabulary (tokenization.py of google-research/bert). Not
-    llama.cpp's, which has no [UNK] for words of more than 100 characters, and drops spacing
-    combining marks (Devanagari vowel signs) that BERT keeps. Any thread."""
+    llama.cpp's, which has no [UNK] for long words, and drops spacing combining marks (Devanagari
+    vowel signs) that BERT keeps. Any thread."""
 
     MAX_WORD_CHARACTERS = 100
-    WORDS_KEPT = 16384  # of at most 100 characters: 25 MB if all are of the longest kind
+    WORDS_KEPT = 16384  # 25 MB if all are of the longest kind
 
     def __init__(
         self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
@@ -1160,10 +1115,10 @@ class WordPieceTokenizer:
         return ids
 
     def _words(self, text: str) -> list[str]:
-        text = "".join(map(_CLEAN.__getitem__, text))
+        text = text.translate(_CLEAN)
         if self._strip_accents:
             text = unicodedata.normalize("NFD", text)
-        return "".join(map(self._fold.__getitem__, text)).split()
+        return text.translate(self._fold).split()
 
     def _fold_character(self, character: str) -> str:
         category = unicodedata.category(character)
@@ -1188,8 +1143,8 @@ class WordPieceTokenizer:
         return tuple(ids)
 
 
-class CharacterTable(dict[str, str]):
-    """What each character becomes, computed once for those that are used."""
+class CharacterTable(dict[int, str]):
+    """For str.translate: what each character becomes, computed once for those that are used."""
 
     MAX_KEPT = 16384  # 3 MB; then it begins anew
 
@@ -1197,15 +1152,15 @@ class CharacterTable(dict[str, str]):
         super().__init__()
         self._rule = rule
 
-    def __missing__(self, character: str) -> str:
+    def __missing__(self, code: int) -> str:
         if len(self) >= self.MAX_KEPT:
             self.clear()
-        self[character] = result = self._rule(character)
+        self[code] = result = self._rule(chr(code))
         return result
 
 
 def _clean_character(character: str) -> str:
-    """BertNormalizer: control characters go, white space is a space, ideographs stand alone."""
+    """BertNormalizer."""
     category = unicodedata.category(character)
     if character in "\t\n\r" or category.startswith("Z"):
         return " "
@@ -1217,14 +1172,14 @@ def _clean_character(character: str) -> str:
 
 
 _IDEOGRAPHS = (  # the CJK blocks that BERT's _is_chinese_char names
-    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF),
+    (0x2F800, 0x2FA1F),
 )
 _CLEAN = CharacterTable(_clean_character)
 
 
 # --------------------------------------------------------------------------------------------------
-# Call and metrics: what is known of one request under way, and of all of them
+# Call and metrics
 # --------------------------------------------------------------------------------------------------
 
 HANG_UP_POLL_S = 0.25
@@ -1232,8 +1187,7 @@ HANG_UP_POLL_S = 0.25
 
 @dataclass
 class Call:
-    """What a request needs beside its texts: when it must be answered, whether its client still
-    waits, and what is measured of it. Its own thread alone uses it."""
+    """One request under way. Its own thread alone uses it."""
 
     is_gone: Callable[[], bool] = lambda: False
     is_cut_off: Callable[[], bool] = lambda: False  # the server stops and waits no longer
@@ -1263,15 +1217,13 @@ class Call:
 
     def result(self, future: Future[T]) -> T:
         """Waits for it. Raises what it raises, and what check does."""
-        while True:
-            left_s = self.timeout_s - self.seconds
-            if wait([future], max(0.0, min(left_s, HANG_UP_POLL_S))).done:
-                return future.result()
+        while not future.done():
             self.check()
+            wait([future], min(self.timeout_s - self.seconds, HANG_UP_POLL_S))
+        return future.result()
 
 
 _TIMES = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
-_TENTHS = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1)
 
 
 class Metrics:
@@ -1297,7 +1249,8 @@ class Metrics:
         self.inference_seconds = seconds(
             "inference_seconds", "decodes with a pair of the request", role)
         self.batch_fill_ratio = histogram(
-            "batch_fill_ratio", "tokens of a decode, as a part of --ubatch", role, buckets=_TENTHS)
+            "batch_fill_ratio", "tokens of a decode, as a part of --ubatch", role,
+            buckets=[n / 10 for n in range(1, 11)])
         self.pairs = counter("pairs", "pairs that were scored", role)
         self.tokens = counter("tokens", "their tokens, without a shared prefix", role)
         self.failed_batches = counter(
@@ -1340,10 +1293,8 @@ def take_batch(
     waiting: list[T], n_tokens: Callable[[T], float], room: float, most: int,
     is_shared: bool = False,
 ) -> list[T]:
-    """Takes the first of `waiting` and, in order, those behind it that still fit `room` tokens.
-
-    The first is taken whatever its length, unless is_shared. At most MAX_SEQUENCES are passed over.
-    """
+    """Takes the first of `waiting` (whatever its length, unless is_shared), and those behind it
+    that still fit `room` tokens. At most MAX_SEQUENCES are passed over."""
     taken: list[T] = []
     passed: list[T] = []
     for candidate in waiting:
@@ -1360,15 +1311,14 @@ def take_batch(
 
 
 class Job:
-    """What one request asks of one model. The queue's lock guards it, except for the future and
-    `known`, the logits that the request's own thread found in the cache."""
+    """A request's pairs. The queue's lock guards it, except for scored and known."""
 
     def __init__(self, n_estimated: int) -> None:
-        self.waiting: list[Entry] = []  # one prefix after the other, the longest pairs first
+        self.waiting: list[Entry] = []  # in their order
         self.keys: set[bytes] = set()  # of every pair that was submitted
         self.logits: dict[bytes, float] = {}
-        self.known: dict[bytes, float] = {}
-        self.scored: Future[dict[bytes, float]] = Future()  # logits of all pairs by their keys
+        self.known: dict[bytes, float] = {}  # logits from the cache
+        self.scored: Future[dict[bytes, float]] = Future()  # all logits by key
         self.is_complete = False  # nothing more will be submitted
         self.n_estimated = n_estimated  # tokens of what is not tokenised yet
         self.n_waiting = 0  # tokens
@@ -1382,10 +1332,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """A pair that waits, and the job that waits for it."""
+    """A pair that waits."""
 
     pair: Pair
-    key: bytes
     job: Job
 
     @property
@@ -1393,8 +1342,7 @@ class Entry:
         return self.pair.prefix
 
     def order(self) -> tuple[tuple[int, ...], int]:
-        """Pairs with one prefix stand together: the engine then computes it once. Long pairs go
-        first, so that short ones fill the decodes."""
+        """One prefix after the other: the engine computes it once. Short pairs fill the decodes."""
         return self.prefix, -self.pair.n_new
 
 
@@ -1403,9 +1351,8 @@ def n_new(entries: Iterable[Entry]) -> int:
 
 
 class Queue:
-    """The jobs that wait for one engine. They take turns: each decode is the next job's, so a short
-    request waits for one decode of a long one and not for all of it. Any thread appends; one
-    scheduler takes."""
+    """Jobs take turns: each decode is the next one's, so a short request waits for one decode of a
+    long one and not for all of it. Any thread appends; one scheduler takes."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -1414,17 +1361,16 @@ class Queue:
         self._served: Job | None = None  # whose turn the running decode is
         self._tokens_per_s = 0.0  # smoothed over some ten batches; 0: nothing was measured yet
         self._closed = False
-        self._failure: RequestError | None = None  # why nobody takes any more
+        self.failure: RequestError | None = None  # why nobody takes any more
         self._lock = threading.Lock()  # guards all of it, and the jobs
         self._work = threading.Condition(self._lock)  # for the scheduler
         self._room = threading.Condition(self._lock)  # for those whose job waits to be tokenised
 
     @contextlib.contextmanager
     def admit(self, n_estimated: int) -> Iterator[Job]:
-        """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens, before anything
-        is tokenised. Raises OverloadedError when as much waits as may (one job counts for at most
-        half of it: a list of any length is accepted, and leaves room for others), and
-        UnavailableError once the queue is closed."""
+        """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens. One job counts
+        for at most half of what may wait: a list of any length is accepted, and leaves room for
+        others. Raises OverloadedError, and UnavailableError once the queue is closed."""
         job, half = Job(n_estimated), self._max_tokens // 2
         with self._lock:
             if self._closed:
@@ -1443,7 +1389,6 @@ class Queue:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that wait, as far as they are known."""
         return sum(job.n_tokens for job in tuple(self._jobs))
 
     @property
@@ -1464,16 +1409,16 @@ class Queue:
             call.check()
 
     def append(self, job: Job, pairs: dict[bytes, Pair], n_estimated: int) -> None:
-        """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still
-        to come. Raises EngineError where nobody takes any more."""
+        """Pairs by their keys, none of them submitted before. n_estimated: tokens still to come.
+        Raises EngineError where nobody takes any more."""
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             job.keys |= pairs.keys()
             job.n_estimated = n_estimated
             if not pairs or job not in self._jobs:
                 return
-            entries = [Entry(pair, key, job) for key, pair in pairs.items()]
+            entries = [Entry(pair, job) for pair in pairs.values()]
             job.waiting = sorted([*job.waiting, *entries], key=Entry.order)
             job.n_waiting += n_new(entries)
             job.submitted = min(job.submitted, time.monotonic())
@@ -1482,8 +1427,8 @@ class Queue:
             self._work.notify()
 
     def complete(self, job: Job) -> Future[dict[bytes, float]]:
-        """The job's logits by key, or the first thing that went wrong. Nothing may be appended
-        after it."""
+        """The job's logits by key, or the first thing that went wrong. Nothing is appended after
+        it."""
         with self._lock:
             job.is_complete, job.n_estimated = True, 0
             self._settle(job)
@@ -1492,12 +1437,11 @@ class Queue:
     def next_batch(
         self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None
     ) -> list[Entry] | None:
-        """The next job's turn. Waits for one; an empty list: none came for idle_s. None: closed,
-        and all was taken. A batch has one prefix.
+        """The next job's turn, all of one prefix. Empty: none came for idle_s. None: closed, and
+        all was taken.
 
-        What is left of the decode is shared with the jobs behind that need no more than one decode,
-        but only as many tokens as it has itself: a short request takes at most twice its time for
-        other short ones, and none for a long one.
+        What is left of the decode goes to the jobs behind that need no more than one decode, but
+        only as much as it has itself: so a short request takes at most twice its time.
         """
         with self._lock:
             if self._served is not None and self._served.waiting:
@@ -1521,8 +1465,7 @@ class Queue:
             return batch
 
     def _has_work(self) -> bool:
-        """Or there will never be any."""
-        return bool(self._turns) or (self._closed and not self._jobs)
+        return bool(self._turns) or (self._closed and not self._jobs)  # there will never be any
 
     @staticmethod
     def _take(
@@ -1536,14 +1479,13 @@ class Queue:
         return batch
 
     def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
-        """What the engine made of a batch. A logit that is no number fails its own job, not the
-        others."""
+        """A logit that is no number fails its own job, not the others."""
         with self._lock:
             rate = n_new(batch) / max(seconds, 1e-6)
             weight = 0.1 if self._tokens_per_s else 1
             self._tokens_per_s += (rate - self._tokens_per_s) * weight
             for entry, logit in zip(batch, logits, strict=True):
-                entry.job.logits[entry.key] = logit
+                entry.job.logits[entry.pair.key] = logit
                 if not math.isfinite(logit):
                     error = EngineError(f"the model gave {logit} in place of a score")
                     self._fail(entry.job, error)
@@ -1552,24 +1494,17 @@ class Queue:
                 self._settle(job)
 
     def fail(self, error: RequestError, batch: Sequence[Entry] = ()) -> None:
-        """Ends each job of the batch with the error. Without a batch: every job, and those that
-        come, until restart: nobody takes them."""
+        """Ends the jobs of the batch. Without a batch: every job, and those that come."""
         with self._lock:
             if not batch:
-                self._failure = error
+                self.failure = error
             for job in {entry.job for entry in batch} or tuple(self._jobs):
                 self._fail(job, error)
 
-    def restart(self) -> None:
-        """Somebody takes again."""
-        with self._lock:
-            self._failure = None
-
     def _settle(self, job: Job) -> None:
         if job.is_complete and not job.scored.done() and len(job.logits) == len(job.keys):
-            if job.keys:
-                waited_s = time.monotonic() - job.submitted
-                job.queue_s = max(0.0, waited_s - job.inference_s)
+            waited_s = time.monotonic() - job.submitted
+            job.queue_s = max(0.0, waited_s - job.inference_s)
             job.scored.set_result(job.logits)
 
     def _fail(self, job: Job, error: RequestError) -> None:
@@ -1578,7 +1513,6 @@ class Queue:
         self._end(job)
 
     def _end(self, job: Job) -> None:
-        """Drops what the job still waits for."""
         self._jobs.discard(job)
         job.waiting.clear()
         job.n_waiting = job.n_estimated = 0
@@ -1588,26 +1522,23 @@ class Queue:
         self._room.notify_all()
 
     def close(self) -> None:
-        """No more jobs are admitted; those that wait are still served."""
         with self._lock:
             self._closed = True
             self._work.notify()
 
 
 class Scheduler:
-    """The one thread that loads an engine, calls engine.score, and frees it. Every job that it is
-    given ends, with logits or an exception."""
+    """The one thread that loads an engine, calls engine.score, and frees it."""
 
     def __init__(
         self, name: str, queue: Queue, load: Callable[[], Engine],
         idle_s: Callable[[Engine], float | None], metrics: Metrics,
     ) -> None:
-        """idle_s: for how long the engine may be idle before it is asked again; None: it was given
-        up and freed."""
+        """idle_s: how long the engine may be idle before it is asked again; None: it was freed."""
         self._name, self._queue, self._metrics = name, queue, metrics
         self._load, self._idle_s = load, idle_s
         self.engine: Future[Engine] = Future()
-        self._is_dead = False
+        self.has_failed = False  # the next request starts another
         self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
         self._thread.start()
 
@@ -1615,12 +1546,8 @@ class Scheduler:
     def is_loaded(self) -> bool:
         return self.engine.done() and not self.has_failed
 
-    @property
-    def has_failed(self) -> bool:
-        return self._is_dead or (self.engine.done() and self.engine.exception() is not None)
-
     def join(self, timeout_s: float | None) -> bool:
-        """Waits until the closed queue is empty and the engine freed. False: it took longer."""
+        """Until the closed queue is empty and the engine freed. False: it took longer."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -1628,15 +1555,16 @@ class Scheduler:
         try:
             engine = self._load()
         except BaseException as error:
+            self.has_failed = True
             self.engine.set_exception(error)
             return
-        self._queue.restart()
+        self._queue.failure = None
         self.engine.set_result(engine)
         try:
             self._serve(engine)
         except BaseException:
             log.exception("%s: the scheduler's thread ends", self._name)
-            self._is_dead = True  # the next request starts another
+            self.has_failed = True
             self._queue.fail(EngineError("the engine has stopped; see the server's log"))
             engine.close()
 
@@ -1645,8 +1573,8 @@ class Scheduler:
             idle_s = self._idle_s(engine)
             if idle_s is None:
                 return
-            wait_s = idle_s if math.isfinite(idle_s) else None
-            batch = self._queue.next_batch(engine.max_batch_tokens, engine.max_sequences, wait_s)
+            idle_s = min(idle_s, 1e6)  # no lock waits for ever
+            batch = self._queue.next_batch(engine.max_batch_tokens, engine.max_sequences, idle_s)
             if batch is None:
                 engine.close()
                 return
