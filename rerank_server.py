@@ -518,7 +518,10 @@ class RerankRequest:
         """The request, and the name of its contract. Raises BadRequestError."""
         body, wrapper = _unwrapped(parse_json_object(raw))
         contract = contract_of(body, path, wrapper)
-        values = _read_texts(body, contract)
+        try:
+            values = _read_texts(body, contract)
+        except RecursionError:
+            raise BadRequestError("the body is nested too deeply") from None
         cut: dict[str, Any] = {}
         for field in FIELDS:
             value = body.get(field.name)
@@ -607,6 +610,23 @@ def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
 
 
 def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
+    query_key, queries, texts_key, documents = _raw_texts(body, contract)
+    fields = body.get("rank_fields") or []  # Cohere v1: those that count, joined by line ends
+    if not isinstance(fields, list) or not all(isinstance(name, str) for name in fields):
+        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
+    found = [_text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)]
+    passages = tuple(map(_whole_characters, found))
+    ids = tuple(item.get("id") if isinstance(item, dict) else None for item in documents)
+    has_ids = any(item is not None for item in ids)
+    return {
+        "queries": tuple(_whole_characters(_text_of(item, query_key)) for item in queries),
+        "passages": passages, "texts": texts_key, "documents": tuple(documents),
+        "replaced": frozenset(n for n, text in enumerate(found) if text is not passages[n]),
+        "ids": ids if has_ids else None, "asks_more": has_ids,
+    }
+
+
+def _raw_texts(body: dict[str, Any], contract: str) -> tuple[str, list[Any], str, list[Any]]:
     """/score takes one text for a list, and several queries, pair by pair."""
     defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
     query_key, texts_key = defaults.get(contract, ("query", "documents"))
@@ -625,25 +645,7 @@ def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
     if len(queries) not in (1, len(documents)):
         message = f"'{query_key}' must be one text or as many as '{texts_key}' ({len(documents)})"
         raise BadRequestError(message, query_key)
-    fields = _rank_fields(body)
-    found = [_text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)]
-    passages = tuple(map(_whole_characters, found))
-    ids = tuple(item.get("id") if isinstance(item, dict) else None for item in documents)
-    has_ids = any(item is not None for item in ids)
-    return {
-        "queries": tuple(_whole_characters(_text_of(item, query_key)) for item in queries),
-        "passages": passages, "texts": texts_key, "documents": tuple(documents),
-        "replaced": frozenset(n for n, text in enumerate(found) if text is not passages[n]),
-        "ids": ids if has_ids else None, "asks_more": has_ids,
-    }
-
-
-def _rank_fields(body: dict[str, Any]) -> Sequence[str]:
-    """Cohere v1: the fields of a document that count, joined by line ends."""
-    fields = body.get("rank_fields") or ()
-    if not isinstance(fields, list | tuple) or not all(isinstance(name, str) for name in fields):
-        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
-    return fields
+    return query_key, queries, texts_key, documents
 
 
 def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
@@ -744,7 +746,7 @@ _COUNT, _TOP_N, _LIMIT = Number(1), Number(0), Number(1, unlimited=_NO_LIMIT)
 _LENGTH = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
 _LENGTH_OR_ALL = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS, _NO_LIMIT)
 _FLOAT = Number(-sys.float_info.max, sys.float_info.max, kind=float)
-_SECONDS = Number(0.001, kind=float)
+_SECONDS = Number(0.001, sys.float_info.max, kind=float)
 _BOOLEAN = Choice({"true": True, "false": False})
 # true is what clients send without being asked: it does not overrule an on_overflow.
 _MAY_CUT = Choice({"true": None, "false": ERROR})
@@ -1087,13 +1089,16 @@ class XlmRobertaTokenizer(VocabTokenizer):
         return super().__call__(text.replace("\x85", " "))
 
 
+WORDS_KEPT = 16384  # 25 MB if all are of the longest kind
+CHARACTERS_KEPT = 16384  # 3 MB
+
+
 class WordPieceTokenizer:
     """BERT's tokenizer over the file's vocabulary (tokenization.py of google-research/bert). Not
     llama.cpp's, which has no [UNK] for long words, and drops spacing combining marks (Devanagari
     vowel signs) that BERT keeps. Any thread."""
 
     MAX_WORD_CHARACTERS = 100
-    WORDS_KEPT = 16384  # 25 MB if all are of the longest kind
 
     def __init__(
         self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
@@ -1104,7 +1109,7 @@ class WordPieceTokenizer:
             for index, piece in enumerate(pieces)
         }
         self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
-        self._word = functools.lru_cache(self.WORDS_KEPT)(self._split_word)
+        self._word = functools.lru_cache(WORDS_KEPT)(self._split_word)
         self._fold = CharacterTable(self._fold_character)
 
     def __call__(self, text: str) -> list[int]:
@@ -1146,17 +1151,14 @@ class WordPieceTokenizer:
 class CharacterTable(dict[int, str]):
     """For str.translate: what each character becomes, computed once for those that are used."""
 
-    MAX_KEPT = 16384  # 3 MB; then it begins anew
-
     def __init__(self, rule: Callable[[str], str]) -> None:
         super().__init__()
         self._rule = rule
 
     def __missing__(self, code: int) -> str:
-        if len(self) >= self.MAX_KEPT:
+        if len(self) >= CHARACTERS_KEPT:
             self.clear()
-        self[code] = result = self._rule(chr(code))
-        return result
+        return self.setdefault(code, self._rule(chr(code)))
 
 
 def _clean_character(character: str) -> str:
@@ -1471,10 +1473,10 @@ class Queue:
     def _take(
         job: Job, prefix: tuple[int, ...], room: float, most: int, is_shared: bool = False
     ) -> list[Entry]:
-        def n_tokens(entry: Entry) -> float:
+        def size(entry: Entry) -> float:
             return entry.pair.n_new if entry.prefix == prefix else math.inf
 
-        batch = take_batch(job.waiting, n_tokens, room, most, is_shared)
+        batch = take_batch(job.waiting, size, room, most, is_shared)
         job.n_waiting -= n_new(batch)
         return batch
 
@@ -1582,23 +1584,21 @@ class Scheduler:
                 self._score(engine, batch)
 
     def _score(self, engine: Engine, batch: list[Entry]) -> None:
-        started, n_tokens = time.monotonic(), n_new(batch)
-        fill = n_tokens / engine.max_batch_tokens
-        self._metrics.batch_fill_ratio.labels(self._name).observe(fill)
+        metrics, name, n_tokens = self._metrics, self._name, n_new(batch)
+        metrics.batch_fill_ratio.labels(name).observe(n_tokens / engine.max_batch_tokens)
+        started = time.monotonic()
         try:
             logits = engine.score([entry.pair for entry in batch])
             if len(logits) != len(batch):
                 raise EngineError(f"the engine gave {len(logits)} scores for {len(batch)} pairs")
         except Exception as error:
-            is_known = isinstance(error, RequestError)
-            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not is_known)
-            self._metrics.failed_batches.labels(self._name).inc()
-            if not isinstance(error, RequestError):
-                error = EngineError("scoring failed; see the server's log")
-            self._queue.fail(error, batch)
+            known = error if isinstance(error, RequestError) else None
+            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not known)
+            metrics.failed_batches.labels(name).inc()
+            self._queue.fail(known or EngineError("scoring failed; see the server's log"), batch)
             return
-        self._metrics.pairs.labels(self._name).inc(len(batch))
-        self._metrics.tokens.labels(self._name).inc(n_tokens)
+        metrics.pairs.labels(name).inc(len(batch))
+        metrics.tokens.labels(name).inc(n_tokens)
         self._queue.finish(batch, logits, time.monotonic() - started)
 
 
