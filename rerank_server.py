@@ -89,7 +89,6 @@ HERE = Path(__file__).resolve().parent
 
 MIN_MAX_LENGTH_TOKENS = 32  # below it the reference's 3/4 rule leaves the passage no room
 MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
-MIN_UBATCH_TOKENS = 32
 CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch: pairs pay for each other
 GPU_UBATCH_TOKENS = 2048
 AUTO, ON, OFF = "auto", "on", "off"
@@ -178,8 +177,8 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_setting(field, getattr(self, field.name))
-        if 0 < self.ubatch < MIN_UBATCH_TOKENS:
-            raise SettingsError(f"--ubatch must be 0 or at least {MIN_UBATCH_TOKENS}")
+        if 0 < self.ubatch < 32:
+            raise SettingsError("--ubatch must be 0 or at least 32")
         if self.max_bodies_mb < self.max_body_mb:
             raise SettingsError("--max-bodies-mb must have room for one --max-body-mb")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -299,7 +298,6 @@ class Tuning:
 
 
 def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
-    """Empty: the int8 engine is to be used."""
     if settings.accel == OFF:
         return "as --accel says"
     reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
@@ -321,7 +319,7 @@ CPUS, CGROUPS = "/sys/devices/system/cpu/cpu", Path("/sys/fs/cgroup")
 
 
 def _read(path: Path) -> str:
-    """Of /proc or /sys; empty where there is none."""
+    """Empty where there is none."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -461,7 +459,7 @@ ENDPOINTS = {
 
 
 def endpoint_of(method: str, path: str) -> str | None:
-    """Slashes may be repeated and trail; the NAME in /v1/models/NAME may hold some."""
+    """The NAME in /v1/models/NAME may hold slashes."""
     segments = segments_of(path)
     if not segments:
         return RERANK if method == "POST" else "/"
@@ -714,7 +712,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """Reads one of some words in any case, and keeps its meaning."""
+    """Reads one of some words, in any case."""
 
     meanings: dict[str, Any]
 
@@ -909,7 +907,7 @@ class Frame:
 
 
 class Pairs:
-    """Of one model; a subclass says how it frames a passage. Any thread."""
+    """Any thread."""
 
     query_prefix = passage_prefix = ""
     _prefix_ids: tuple[int, ...] = ()  # passage_prefix's, without a space that may be the passage's
@@ -1041,8 +1039,7 @@ class TextPairs(Pairs):
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
-    """For each passage its pair, or its windows. Raises BadRequestError for one that may not be
-    cut."""
+    """For each passage its pair, or its windows. Raises BadRequestError: it may not be cut."""
     made: list[list[Pair]] = []
     for query, own in itertools.groupby(indices, request.query_of):
         passages = [request.passages[index] for index in own]
@@ -1377,10 +1374,10 @@ class Queue:
         with self._lock:
             if self._closed:
                 raise UnavailableError("the server is stopping")
-            charges = [min(other.n_tokens, half) for other in (*self._jobs, job)]
-            excess = sum(charges) - self._max_tokens
+            waiting = sum(min(other.n_tokens, half) for other in (*self._jobs, job))
+            excess = waiting - self._max_tokens
             if excess > 0:
-                seconds = math.ceil(excess / self._tokens_per_s) if self._tokens_per_s else 1
+                seconds = math.ceil(excess / (self._tokens_per_s or excess))
                 raise OverloadedError(self.n_tokens, min(MAX_RETRY_AFTER_S, seconds))
             self._jobs.add(job)
         try:
