@@ -1230,12 +1230,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-
-        def ours(kind: Any) -> Any:
-            return functools.partial(kind, namespace="rerank", registry=self.registry)
-
-        counter, gauge = ours(prometheus_client.Counter), ours(prometheus_client.Gauge)
-        histogram, info = ours(prometheus_client.Histogram), ours(prometheus_client.Info)
+        counter = self._ours(prometheus_client.Counter)
+        histogram = self._ours(prometheus_client.Histogram)
         seconds = functools.partial(histogram, buckets=_TIMES)
         role = ("role",)
         self.requests = counter(
@@ -1258,6 +1254,13 @@ class Metrics:
         self.truncated_passages = counter("truncated_passages", "passages that were cut", role)
         self.replaced_passages = counter(
             "replaced_passages", "passages with half a character", role)
+        self._show_state(role)
+
+    def _ours(self, kind: Any) -> Any:
+        return functools.partial(kind, namespace="rerank", registry=self.registry)
+
+    def _show_state(self, role: Sequence[str]) -> None:
+        gauge, info = self._ours(prometheus_client.Gauge), self._ours(prometheus_client.Info)
         self.queue_tokens = gauge("queue_tokens", "tokens that wait", role)
         self.queue_requests = gauge(
             "queue_requests", "requests that wait or are being scored", role)
