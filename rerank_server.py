@@ -16,11 +16,10 @@ One request, from socket to floats:
                        -> Queue.finish
     HTTP thread        Calibration.score (sigmoid; NaN refused) -> the contract's writer -> JSON
 
-Each model has one scheduler thread, and only that thread touches the model's llama context, so no
-lock guards it. Tokenising is safe from any thread (llama.h) and happens in the HTTP threads.
+Only a model's one scheduler thread touches its llama context, so no lock guards it. Tokenising is
+safe from any thread (llama.h).
 
-The file is in the order in which the data flows: settings, errors, request, pairs, queue and
-scheduler, model file, llama, engines, roles, answers, application, HTTP, start.
+The file is in the order in which the data flows.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import argparse
 import array
 import base64
 import bisect
+import configparser
 import contextlib
 import ctypes
 import dataclasses
@@ -89,7 +89,6 @@ HERE = Path(__file__).resolve().parent
 
 MIN_MAX_LENGTH_TOKENS = 32  # below it the reference's 3/4 rule leaves the passage no room
 MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
-MIN_UBATCH_TOKENS = 32
 CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch: pairs pay for each other
 GPU_UBATCH_TOKENS = 2048
 AUTO, ON, OFF = "auto", "on", "off"
@@ -98,23 +97,17 @@ MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=ge
 
 
 class SettingsError(Exception):
-    """A flag or an environment variable that cannot be used; the message names it."""
+    """The message names the flag or the environment variable."""
 
 
-def _setting(
-    default: Any, help: str, low: int | None = None, high: int | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+def _setting(default: Any, help: str, *allowed: Any) -> Any:
+    """allowed: the smallest and the largest number, or the words."""
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting: its flag is --name-with-dashes, its environment variable RERANK_NAME.
-
-    Raises SettingsError for a value out of its range or a combination that cannot work.
-    """
+    """Raises SettingsError for a value out of its range or a combination that cannot work."""
 
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", 0, 65535)
@@ -133,15 +126,14 @@ class Settings:
     ubatch: int = _setting(
         0, "tokens packed into one decode (a longer pair gets its own); 0: what suits the machine",
         0, 8192)
-    flash_attention: str = _setting(
-        AUTO, "attention without its matrix in memory", choices=(AUTO, ON, OFF))
+    flash_attention: str = _setting(AUTO, "attention without its matrix in memory", AUTO, ON, OFF)
     repack: str = _setting(
-        AUTO, "copy the weights into the layout of ggml's own kernels", choices=(AUTO, ON, OFF))
+        AUTO, "copy the weights into the layout of ggml's own kernels", AUTO, ON, OFF)
     accel: str = _setting(
         AUTO, "the engine that `make accel` builds. int8: fastest, a little less exact than the "
         "file; bf16: as exact as the file, half as fast; off: llama.cpp's own kernels; auto: int8 "
         "for weights of fewer than 8 bits, bf16 for others, where the CPU and the memory suit; "
-        "on: int8", choices=(AUTO, INT8, BF16, OFF, ON))
+        "on: int8", AUTO, INT8, BF16, OFF, ON)
     gpu_layers: int = _setting(
         0, "layers on the GPU, with a GPU build of llama-cpp-python; -1: all", -1, 1000)
     max_body_mb: int = _setting(32, "largest request body, in MB", 1, 1024)
@@ -180,24 +172,18 @@ class Settings:
     strict_model: bool = _setting(
         False, "answer 404 to an unknown model name instead of taking the default model")
     log_format: str = _setting(
-        "text", "how the log is written: a line of text, or of JSON", choices=("text", "json"))
+        "text", "how the log is written: a line of text, or of JSON", "text", "json")
     log_texts: bool = _setting(False, "write each request's query and passages into the log")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_range(field, getattr(self, field.name))
-        if 0 < self.ubatch < MIN_UBATCH_TOKENS:
-            allowed = f"0 or at least {MIN_UBATCH_TOKENS}"
-            raise SettingsError(f"--ubatch must be {allowed}, not {self.ubatch}")
+            _check_setting(field, getattr(self, field.name))
+        if 0 < self.ubatch < 32:
+            raise SettingsError("--ubatch must be 0 or at least 32")
         if self.max_bodies_mb < self.max_body_mb:
-            room = f"room for one body of --max-body-mb ({self.max_body_mb})"
-            raise SettingsError(f"--max-bodies-mb must have {room}")
+            raise SettingsError("--max-bodies-mb must have room for one --max-body-mb")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("--tls-cert and --tls-key go together")
-        for name in ("m3", "gemma", "calibration", "api_key_file", "tls_cert", "tls_key"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise SettingsError(f"{flag_of(name)}: there is no file {path}")
 
     @property
     def model_folders(self) -> list[Path]:
@@ -208,12 +194,16 @@ class Settings:
         return Tuning.of(self)
 
 
-def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
-    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
-    if low is not None and not low <= value <= high:
-        raise SettingsError(f"{flag_of(field.name)} must be between {low} and {high}, not {value}")
-    if choices and value not in choices:
-        raise SettingsError(f"{flag_of(field.name)} must be {', '.join(choices)}, not {value!r}")
+def _check_setting(field: dataclasses.Field[Any], value: Any) -> None:
+    flag, allowed = flag_of(field.name), field.metadata["allowed"]
+    if isinstance(value, Path) and not value.is_file():
+        raise SettingsError(f"{flag}: there is no file {value}")
+    if allowed and isinstance(field.default, int):
+        low, high = allowed
+        if not low <= value <= high:
+            raise SettingsError(f"{flag} must be between {low} and {high}, not {value}")
+    elif allowed and value not in allowed:
+        raise SettingsError(f"{flag} must be {', '.join(allowed)}, not {value!r}")
 
 
 def flag_of(name: str) -> str:
@@ -225,28 +215,28 @@ def environment_variable_of(name: str) -> str:
 
 
 def settings_parser() -> argparse.ArgumentParser:
-    """The command line, made from the table that Settings is."""
     parser = argparse.ArgumentParser(
         prog="rerank_server.py",
         description="Serve GGUF rerankers: POST /rerank {query, passages, use_llm}.",
-        epilog="Each flag has an environment variable: --max-length is RERANK_MAX_LENGTH. "
-        "A flag wins over it.")
+        epilog="A flag wins over its environment variable: --max-length is RERANK_MAX_LENGTH.")
     for field in dataclasses.fields(Settings):
         kind: dict[str, Any] = {"metavar": field.name.upper()}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         help = f"{field.metadata['help']} (default: {field.default})"
         parser.add_argument(flag_of(field.name), default=None, help=help, **kind)
-    help = "check one GGUF file as the server would, and exit"
-    parser.add_argument("--check", type=Path, metavar="FILE", help=help)
-    help = "with --check: score its {query, passage} lines and show their tokens (-: stdin)"
-    parser.add_argument("--pairs", metavar="JSONL", help=help)
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE",
+        help="check one GGUF file as the server would, and exit")
+    parser.add_argument(
+        "--pairs", metavar="JSONL",
+        help="with --check: score its {query, passage} lines and show their tokens (-: stdin)")
     parser.add_argument("--version", action="version", version=f"rerank-server {__version__}")
     return parser
 
 
 def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Settings:
-    """Settings from flags, else environment, else defaults. Raises SettingsError."""
+    """Raises SettingsError."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Settings):
         given, source = getattr(arguments, field.name), flag_of(field.name)
@@ -254,29 +244,27 @@ def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) ->
             source = environment_variable_of(field.name)
             given = environment.get(source) or None
         if given is not None:
-            values[field.name] = _parse_setting(field, given, source)
+            values[field.name] = _parse_setting(field.default, given, source)
     return Settings(**values)
 
 
-def _parse_setting(field: dataclasses.Field[Any], given: str | bool, source: str) -> Any:
+def _parse_setting(default: Any, given: str | bool, source: str) -> Any:
     if isinstance(given, bool):
         return given
-    if isinstance(field.default, bool):
-        if given.lower() not in ("1", "true", "yes", "0", "false", "no"):
-            raise SettingsError(f"{source} must be true or false, not {given!r}")
-        return given.lower() in ("1", "true", "yes")
-    if isinstance(field.default, int):
-        try:
+    try:
+        if isinstance(default, bool):
+            return configparser.ConfigParser.BOOLEAN_STATES[given.lower()]
+        if isinstance(default, int):
             return int(given)
-        except ValueError:
-            raise SettingsError(f"{source} must be a whole number, not {given!r}") from None
-    return given if isinstance(field.default, str) else Path(given)
+    except (KeyError, ValueError):
+        wanted = "true or false" if isinstance(default, bool) else "a whole number"
+        raise SettingsError(f"{source} must be {wanted}, not {given!r}") from None
+    return given if isinstance(default, str) else Path(given)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How this machine computes best, where a setting does not say. The figures behind the rules
-    are those of `python -m bench.settings` (bench/results/settings.md)."""
+    """How this machine computes best, where a setting does not say (bench/results/settings.md)."""
 
     threads: int
     ubatch: int  # tokens
@@ -323,11 +311,10 @@ def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use (two threads of one core share its multipliers), by
-    its affinity mask and the CPU quota of its cgroup (docker run --cpus)."""
-    cpus: Iterable[int] = range(os.cpu_count() or 1)
-    if hasattr(os, "sched_getaffinity"):
-        cpus = os.sched_getaffinity(0)
+    """Physical ones (two threads of one core share its multipliers), by affinity mask and the CPU
+    quota of the cgroup (docker run --cpus)."""
+    has_mask = hasattr(os, "sched_getaffinity")
+    cpus = os.sched_getaffinity(0) if has_mask else range(os.cpu_count() or 1)
     cores = {_read(Path(f"{CPUS}{cpu}/topology/thread_siblings_list")) or cpu for cpu in cpus}
     return int(max(1, min(len(cores), _cgroup_cpus(CGROUPS))))
 
@@ -336,7 +323,7 @@ CPUS, CGROUPS = "/sys/devices/system/cpu/cpu", Path("/sys/fs/cgroup")
 
 
 def _read(path: Path) -> str:
-    """Of /proc or /sys; empty where there is none."""
+    """Empty where there is none."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -350,58 +337,40 @@ def _cgroup_folders(root: Path) -> list[Path]:
 
 
 def _cgroup_cpus(root: Path) -> float:
-    """The smallest quota of any group (cpu.max); infinite without one."""
     quotas = [_read(folder / "cpu.max").split() for folder in _cgroup_folders(root)]
     given = [int(quota[0]) / int(quota[1]) for quota in quotas if quota and quota[0] != "max"]
     return max(1.0, min(given, default=math.inf))
 
 
 def available_bytes() -> float:
-    """What this process may still use, of the machine's memory and of its cgroups' limits, where
-    pages of files count as free: the kernel can drop them."""
-    free = [_kilobytes(Path("/proc/meminfo"), "MemAvailable:") * 1024 or math.inf]
+    """Of the machine and within the cgroups' limits. Pages of files count as free: the kernel can
+    drop them."""
+    free = [_number_in(Path("/proc/meminfo"), "MemAvailable:") * 1024 or math.inf]
     for folder in _cgroup_folders(CGROUPS):
         limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
         if limit.isdigit() and used:
-            pages = _kilobytes(folder / "memory.stat", "inactive_file")
+            pages = _number_in(folder / "memory.stat", "inactive_file")
             free.append(int(limit) - int(used) + pages)
     return min(free)
 
 
-def _kilobytes(path: Path, name: str) -> int:
-    """The number behind a name in a file of /proc or /sys; 0 where there is none."""
+def _number_in(path: Path, name: str) -> int:
+    """What stands behind a name; 0 where there is none."""
     found = re.search(rf"^{name}\s+(\d+)", _read(path), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (Linux; elsewhere 0)."""
-    pages = _read(Path("/proc/self/statm")).split()
-    return int(pages[1]) * mmap.PAGESIZE if pages else 0
+    return _number_in(Path("/proc/self/status"), "VmRSS:") * 1024
 
 
 # --------------------------------------------------------------------------------------------------
-# Errors
-#
-#   RequestError               what a client is told; each type carries its status and error_type
-#     BadRequestError    400
-#     HttpError          40x, 50x  what arrived is not HTTP/1.1, leaves a doubt, or is not allowed
-#     ModelNotFoundError 404   with --strict-model
-#     OverloadedError    429   the queue is full
-#     ClientGoneError    499   nobody waits for the answer; it is never sent
-#     EngineError        500   scoring failed: an exception, or a logit that is not a number
-#     UnavailableError   503   no model for this role, or the server is stopping
-#     BusyError          503   no room for another connection or body
-#     DeadlineError      504   the request's time is over
-#   ModelError                 a GGUF file that cannot be served; ends the start, or becomes a 503
+# Errors. RequestError is what a client is told; each type carries its status and error_type.
 # --------------------------------------------------------------------------------------------------
 
 
 class RequestError(Exception):
-    """An answer that is not a success. One may answer several requests: nothing changes it.
-
-    param: the field of the body that is wrong, where there is one.
-    """
+    """One may answer several requests: nothing changes it. param: the field that is wrong."""
 
     status, error_type = 500, "internal_error"
 
@@ -412,8 +381,8 @@ class RequestError(Exception):
         self.message, self.param, self.headers = message, param, headers or {}
 
     def body(self, is_text: bool = False) -> dict[str, Any]:
-        """One body that every family of clients can read: `error.message`, `message` (Cohere),
-        `detail` (Jina). is_text: `error` is a string, as TEI's and Weaviate's clients need it."""
+        """For every family of clients: `error.message`, `message` (Cohere), `detail` (Jina).
+        is_text: `error` is a string, as TEI's and Weaviate's clients need it."""
         text, kind = self.message, self.error_type
         error: dict[str, Any] = {"message": text, "type": kind, "code": self.status}
         if self.param is not None:
@@ -426,7 +395,7 @@ class BadRequestError(RequestError):
     status, error_type = 400, "invalid_request"
 
 
-class ModelNotFoundError(RequestError):
+class ModelNotFoundError(RequestError):  # with --strict-model
     status, error_type = 404, "model_not_found"
 
 
@@ -434,27 +403,26 @@ class OverloadedError(RequestError):
     status, error_type = 429, "overloaded"
 
     def __init__(self, n_tokens: int, retry_after_s: int) -> None:
-        message = f"{n_tokens:,} tokens wait to be scored, as many as may"
-        headers = {"Retry-After": str(retry_after_s)}
-        super().__init__(f"{message}; try again in {retry_after_s} s", headers=headers)
+        message = f"{n_tokens:,} tokens wait to be scored; try again in {retry_after_s} s"
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
 
 
-class ClientGoneError(RequestError):
+class ClientGoneError(RequestError):  # never sent
     status, error_type = 499, "client_gone"
 
     def __init__(self) -> None:
         super().__init__("the client has closed its connection")
 
 
-class EngineError(RequestError):
+class EngineError(RequestError):  # scoring failed: an exception, or a logit that is not a number
     status, error_type = 500, "engine_error"
 
 
-class UnavailableError(RequestError):
+class UnavailableError(RequestError):  # no model for this role, or the server is stopping
     status, error_type = 503, "model_unavailable"
 
 
-class BusyError(RequestError):
+class BusyError(RequestError):  # no room for another connection or body
     status, error_type = 503, "overloaded"
 
     def __init__(self, message: str) -> None:
@@ -469,43 +437,39 @@ class DeadlineError(RequestError):
 
 
 class ModelError(Exception):
-    """A GGUF file that must not be served. One line: what is wrong, how to get a right one."""
+    """Of a GGUF file: one line that says what is wrong and how to get a right one."""
 
 
 # --------------------------------------------------------------------------------------------------
 # Request: path and body become one frozen object here; nothing further in looks at JSON
-#
-# ENDPOINTS says where a request goes, CONTRACTS whose words it speaks, FIELDS what else a body may
-# hold; docs/openapi.py makes web/openapi.json of them.
+# (docs/openapi.py makes web/openapi.json of ENDPOINTS, CONTRACTS and FIELDS)
 # --------------------------------------------------------------------------------------------------
 
 MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time with the square of them
 MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
-BYTES_PER_TOKEN = 3  # of text, to know roughly what a request asks for; English has about 4
+BYTES_PER_TOKEN = 3  # a guess; English has about 4, and no text has less than 1
 TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
 MANY = 2**31 - 1
 
 # An endpoint -> the last segments of the paths that lead to it. Clients append their own path to
-# whatever base URL their user typed, so nothing before it counts; a POST to the bare URL, too.
+# whatever base URL their user typed, so nothing before it counts.
 RERANK, SCORE = "/rerank", "/score"
 ENDPOINTS = {
-    RERANK: ("rerank", "reranks", "reranking", "ranking", "text-rerank", ""), SCORE: ("score",),
-    "/": ("",), "/health": ("health", "healthz", "live", "livez"), "/ready": ("ready", "readyz"),
+    RERANK: ("rerank", "reranks", "reranking", "ranking", "text-rerank"), SCORE: ("score",),
+    "/health": ("health", "healthz", "live", "livez"), "/ready": ("ready", "readyz"),
     "/metrics": ("metrics",), "/info": ("info",), "/v1/models": ("models",),
     "/openapi.json": ("openapi.json",), "/docs": ("docs",),
 }
 
 
 def endpoint_of(method: str, path: str) -> str | None:
-    """The endpoint that serves a path, or none. Slashes may be repeated and trail; /v1/models/NAME
-    is one of /v1/models, and a NAME may hold slashes."""
+    """The NAME in /v1/models/NAME may hold slashes."""
     segments = segments_of(path)
-    if method != "POST" and "models" in segments[:-1]:
+    if not segments:
+        return RERANK if method == "POST" else "/"
+    if method != "POST" and "models" in segments:
         return "/v1/models"
-    last = segments[-1] if segments else ""
-    found = [name for name, endings in ENDPOINTS.items() if last in endings]
-    fitting = [name for name in found if (name in (RERANK, SCORE)) == (method == "POST")]
-    return next(iter(fitting or found), None)
+    return next((name for name, last in ENDPOINTS.items() if segments[-1] in last), None)
 
 
 def segments_of(path: str) -> list[str]:
@@ -527,12 +491,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class RerankRequest:
-    """What every contract becomes. queries: one for all passages or one for each.
-
-    texts: the client's word for the passages. documents: as they were sent, where one was no
-    string. replaced: passages with half a character, read as U+FFFD. asks_more: it holds a field
-    that only this server knows, so its client reads more than its contract's keys.
-    """
+    """queries: one for all passages or one for each. texts: the client's word for the passages.
+    documents: as they were sent. replaced: passages with half a character, read as U+FFFD.
+    asks_more: it holds a field that only this server knows, so its client reads more than its
+    contract's keys."""
 
     queries: tuple[str, ...]
     passages: tuple[str, ...]
@@ -549,17 +511,20 @@ class RerankRequest:
     return_characters_read: bool = False
     timeout_s: float = math.inf
     texts: str = "passages"
-    documents: tuple[Any, ...] | None = None
+    documents: tuple[Any, ...] = ()
     replaced: frozenset[int] = frozenset()
     asks_more: bool = False
 
     @staticmethod
     def parse(raw: bytes, path: str = RERANK) -> tuple[RerankRequest, str]:
-        """The request, and the name of its contract. Raises BadRequestError that names the field,
-        and for a passage its index."""
+        """The request, and the name of its contract. Raises BadRequestError."""
         body, wrapper = _unwrapped(parse_json_object(raw))
         contract = contract_of(body, path, wrapper)
-        values, cut = _read_texts(body, contract), {}
+        try:
+            values = _read_texts(body, contract)
+        except RecursionError:
+            raise BadRequestError("the body is nested too deeply") from None
+        cut: dict[str, Any] = {}
         for field in FIELDS:
             value = body.get(field.name)
             if value is None or (field.contracts and contract not in field.contracts):
@@ -567,27 +532,24 @@ class RerankRequest:
             values["asks_more"] |= field.is_own
             read = field.read(value, field.name)
             if read is not None:
-                target = cut if field.target in Cut.__dataclass_fields__ else values
-                target[field.target] = read
-        if not {"max_windows", "overlap"}.isdisjoint(cut):
+                target = field.target or field.name
+                (cut if target in Cut.__dataclass_fields__ else values)[target] = read
+        if "max_windows" in cut or "overlap" in cut:
             values.setdefault("on_overflow", CHUNK)
         request = RerankRequest(**values, cut=Cut(**cut))
         _check_counts(request, body)
         return request, contract
 
     def query_of(self, index: int) -> str:
-        return self.queries[index] if len(self.queries) > 1 else self.queries[0]
+        return self.queries[index % len(self.queries)]
 
     def estimate_tokens(self, longest: int, n: int | None = None) -> int:
-        """What the n longest pairs (default: all) will be about, a token for each BYTES_PER_TOKEN
-        of their texts. A byte is at most one token, so at most BYTES_PER_TOKEN times this come."""
+        """Of the n longest pairs (default: all), for each of which at most `longest` are kept."""
         most = math.inf if self.on_overflow == CHUNK else longest
-        queries = [len(query.encode()) for query in self.queries]
-        if len(queries) == 1:
-            queries *= len(self.passages)
+        queries = itertools.cycle([len(query.encode()) for query in self.queries])
         sizes = [
-            min(most, (query + len(text.encode())) // BYTES_PER_TOKEN + 1)
-            for query, text in zip(queries, self.passages, strict=True)
+            min(most, (next(queries) + len(text.encode())) // BYTES_PER_TOKEN + 1)
+            for text in self.passages
         ]
         return int(sum(sorted(sizes, reverse=True)[:n]))
 
@@ -613,10 +575,12 @@ ERRORS_AS_TEXT = re.compile(rb'"(?:texts|property)"[ \t\r\n]*:')  # TEI's and We
 def _unwrapped(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """huggingface.js and khoj wrap a body in inputs, DashScope in input with parameters beside it.
     It becomes flat; and the wrapper's name."""
+    parameters = body.get("parameters")
     for name in ("inputs", "input"):
-        inner, parameters = body.get(name), body.get("parameters")
+        inner = body.get(name)
         if isinstance(inner, dict) and not _key_of(body, PASSAGE_KEYS):
-            return {**body, **(parameters if isinstance(parameters, dict) else {}), **inner}, name
+            outer = parameters if isinstance(parameters, dict) else {}
+            return {**body, **outer, **inner}, name
     return body, ""
 
 
@@ -627,7 +591,6 @@ def _key_of(body: dict[str, Any], names: Sequence[str], default: str = "") -> st
 
 
 def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
-    """Which of CONTRACTS a body speaks: its keys say it, and the path where it must."""
     texts, segments = _key_of(body, PASSAGE_KEYS), segments_of(path)
     if endpoint_of("POST", path) == SCORE:
         return "score"
@@ -649,71 +612,61 @@ def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
 
 
 def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
-    """Queries and passages. /score takes one text for a list, and several queries, pair by pair."""
-    defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
-    query_key, texts_key = defaults.get(contract, ("query", "documents"))
-    query_key = _key_of(body, QUERY_KEYS, query_key)
-    texts_key = _key_of(body, PASSAGE_KEYS, texts_key)
-    queries, documents = [body.get(query_key)], body.get(texts_key)
-    if contract == "score":
-        queries = body[query_key] if isinstance(body.get(query_key), list) else queries
-        documents = [documents] if isinstance(documents, str) else documents
-    if not isinstance(documents, list):
-        expected = _expected(texts_key, "a list of strings", body, PASSAGE_KEYS)
-        raise BadRequestError(expected, texts_key)
-    if len(queries) not in (1, len(documents)):
-        message = f"'{query_key}' must be one text or as many as '{texts_key}' ({len(documents)})"
-        raise BadRequestError(message, query_key)
-    if query_key not in body:
-        raise BadRequestError(_expected(query_key, "a string", body, QUERY_KEYS), query_key)
-    fields = _rank_fields(body)
+    query_key, queries, texts_key, documents = _raw_texts(body, contract)
+    fields = body.get("rank_fields") or []  # Cohere v1: those that count, joined by line ends
+    if not isinstance(fields, list) or not all(isinstance(name, str) for name in fields):
+        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
     found = [_text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)]
     passages = tuple(map(_whole_characters, found))
     ids = tuple(item.get("id") if isinstance(item, dict) else None for item in documents)
     has_ids = any(item is not None for item in ids)
     return {
         "queries": tuple(_whole_characters(_text_of(item, query_key)) for item in queries),
-        "passages": passages, "texts": texts_key, "ids": ids if has_ids else None,
+        "passages": passages, "texts": texts_key, "documents": tuple(documents),
         "replaced": frozenset(n for n, text in enumerate(found) if text is not passages[n]),
-        "documents": tuple(documents) if dict in map(type, documents) else None,
-        "asks_more": has_ids,
+        "ids": ids if has_ids else None, "asks_more": has_ids,
     }
 
 
-def _rank_fields(body: dict[str, Any]) -> Sequence[str]:
-    """Cohere v1: the fields of a document that count, joined by line ends."""
-    fields = body.get("rank_fields") or ()
-    if not isinstance(fields, list | tuple) or not all(isinstance(name, str) for name in fields):
-        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
-    return fields
+def _raw_texts(body: dict[str, Any], contract: str) -> tuple[str, list[Any], str, list[Any]]:
+    """/score takes one text for a list, and several queries, pair by pair."""
+    defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
+    query_key, texts_key = defaults.get(contract, ("query", "documents"))
+    query_key = _key_of(body, QUERY_KEYS, query_key)
+    texts_key = _key_of(body, PASSAGE_KEYS, texts_key)
+    queries, documents = body.get(query_key), body.get(texts_key)
+    if contract == "score" and isinstance(documents, str):
+        documents = [documents]
+    if contract != "score" or not isinstance(queries, list):
+        queries = [queries]
+    if not isinstance(documents, list):
+        message = _expected(texts_key, "a list of strings", body, PASSAGE_KEYS)
+        raise BadRequestError(message, texts_key)
+    if query_key not in body:
+        raise BadRequestError(_expected(query_key, "a string", body, QUERY_KEYS), query_key)
+    if len(queries) not in (1, len(documents)):
+        message = f"'{query_key}' must be one text or as many as '{texts_key}' ({len(documents)})"
+        raise BadRequestError(message, query_key)
+    return query_key, queries, texts_key, documents
 
 
 def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
-    """A string, an object that holds a text, or a list of content parts whose texts are joined.
-    Raises BadRequestError."""
+    """A string, an object that holds a text, or a list of such objects (content parts)."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        return "\n".join(_part_text(part, f"{name}[{n}]") for n, part in enumerate(value))
+        return "\n".join(_text_of(part, f"{name}[{n}]") for n, part in enumerate(value))
     if not isinstance(value, dict):
-        raise BadRequestError(_expected(name, "a string", {name: value}), name)
+        raise _wrong(name, "a string", value)
     keys = rank_fields or [key for key in TEXT_KEYS if value.get(key) is not None][:1]
     texts = [_text_of(value[key], f"{name}.{key}") for key in keys if value.get(key) is not None]
     if not texts:
-        wanted = " or ".join(map(repr, rank_fields or TEXT_KEYS))
-        raise BadRequestError(f"'{name}' must be a string, or an object with {wanted}", name)
+        raise _wrong(name, f"a string, or have a {' or '.join(rank_fields or TEXT_KEYS)}", value)
     return "\n".join(texts)
 
 
-def _part_text(part: dict[str, Any], name: str) -> str:
-    if isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = str(part.get("type"))[:40]
-    raise BadRequestError(f"'{name}' must be a part with a text, not {kind}: texts are scored", name)
-
-
 def _whole_characters(text: str) -> str:
-    """Clients cut texts in the middle of an emoji, and JSON carries the half that is left."""
+    """Clients cut texts in the middle of an emoji, and JSON carries half of it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -726,127 +679,106 @@ def _whole_characters(text: str) -> str:
 
 @dataclass(frozen=True)
 class Field:
-    """An optional key of a body. target: of RerankRequest or Cut. read: (value, name) to what is
-    kept; None: it says nothing. contracts: those that know it; none: all. is_own: nobody else
-    knows it."""
+    """An optional key of a body. read: (value, name) to what is kept; None: it says nothing.
+    target: of RerankRequest or Cut, where it has another name. contracts: those that know it; none:
+    all. is_own: nobody else knows it."""
 
     name: str
-    target: str
     read: Callable[[Any, str], Any]
+    target: str = ""
     contracts: tuple[str, ...] = ()
     is_own: bool = False
 
 
 @dataclass(frozen=True)
-class WholeNumber:
+class Number:
     """Reads one, also from a string. unlimited: values that mean "no limit"."""
 
-    low: int
-    high: int
+    low: float
+    high: float = MANY
     unlimited: tuple[int, ...] = ()
+    kind: type = int
 
-    def __call__(self, value: Any, name: str) -> int | None:
-        number = read_number(value, name)
+    def __call__(self, value: Any, name: str) -> Any:
+        number = math.nan
+        with contextlib.suppress(ValueError, OverflowError):  # no number, or one of 400 digits
+            if type(value) in (int, float, str):
+                number = float(value)
         if number in self.unlimited:
             return None
-        if number % 1:
-            raise BadRequestError(_expected(name, "a whole number", {name: value}), name)
-        if not self.low <= number <= self.high:
-            range = f"between {self.low} and {self.high:,}"
-            raise BadRequestError(f"'{name}' must be {range}, not {value}", name)
-        return int(number)
+        is_in_range = self.low <= number <= self.high  # which nan never is
+        if not is_in_range or (self.kind is int and number % 1):
+            what = "a whole number" if self.kind is int else "a number"
+            limits = f"between {self.low:,.10g} and {self.high:,.10g}"
+            raise BadRequestError(f"'{name}' must be {what} {limits}", name)
+        return self.kind(number)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Reads one of some words, and keeps its meaning."""
+    """Reads one of some words, in any case."""
 
     meanings: dict[str, Any]
 
     def __call__(self, value: Any, name: str) -> Any:
-        if not isinstance(value, str) or value not in self.meanings:
-            words = " or ".join(map(repr, self.meanings))
-            raise BadRequestError(f"'{name}' must be {words}", name)
-        return self.meanings[value]
+        word = str(value).lower() if isinstance(value, str | bool) else ""
+        if word not in self.meanings:
+            raise BadRequestError(f"'{name}' must be {' or '.join(self.meanings)}", name)
+        return self.meanings[word]
 
 
 def read_string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRequestError(_expected(name, "a string", {name: value}), name)
+        raise _wrong(name, "a string", value)
     return value
-
-
-def read_boolean(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise BadRequestError(_expected(name, "true or false", {name: value}), name)
-
-
-def read_number(value: Any, name: str) -> float:
-    with contextlib.suppress(ValueError, OverflowError):  # no number, or one of 400 digits
-        is_number = isinstance(value, int | float | str) and not isinstance(value, bool)
-        if is_number and math.isfinite(float(value)):
-            return float(value)
-    raise BadRequestError(_expected(name, "a number that a float can hold", {name: value}), name)
-
-
-def read_seconds(value: Any, name: str) -> float:
-    seconds = read_number(value, name)
-    if seconds <= 0:
-        raise BadRequestError(f"'{name}' must be more than 0 seconds, not {seconds:g}", name)
-    return seconds
 
 
 def read_ids(value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        expected = _expected(name, "a list of strings or numbers", {name: value})
-        raise BadRequestError(expected, name)
+        raise _wrong(name, "a list of strings or numbers", value)
     for index, item in enumerate(value):
         is_text = isinstance(item, str) and _whole_characters(item) is item
-        if isinstance(item, bool) or not (is_text or isinstance(item, int)):
-            place = f"{name}[{index}]"
-            expected = _expected(place, "a string or a whole number", {place: item})
-            raise BadRequestError(expected, place)
+        if not is_text and type(item) is not int:
+            raise _wrong(f"{name}[{index}]", "a string or a whole number", item)
     return tuple(value)
 
 
-def read_may_cut(value: Any, name: str) -> str | None:
-    """true is what clients send without being asked; it does not overrule an on_overflow."""
-    return None if read_boolean(value, name) else ERROR
-
-
-_COUNT, _LIMIT = WholeNumber(1, MANY), WholeNumber(1, MANY, unlimited=(0, -1))
-_TOP_N, _OVERLAP = WholeNumber(0, MANY), WholeNumber(0, MAX_MAX_LENGTH_TOKENS)
-_LENGTH = WholeNumber(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
-_LENGTH_OR_ALL = dataclasses.replace(_LENGTH, unlimited=(0, -1))
+_NO_LIMIT = (0, -1)
+_COUNT, _TOP_N, _LIMIT = Number(1), Number(0), Number(1, unlimited=_NO_LIMIT)
+_LENGTH = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
+_LENGTH_OR_ALL = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS, _NO_LIMIT)
+_FLOAT = Number(-sys.float_info.max, sys.float_info.max, kind=float)
+_SECONDS = Number(0.001, sys.float_info.max, kind=float)
+_BOOLEAN = Choice({"true": True, "false": False})
+# true is what clients send without being asked: it does not overrule an on_overflow.
+_MAY_CUT = Choice({"true": None, "false": ERROR})
 _OVERFLOW = Choice({word: word for word in (TRUNCATE, ERROR, CHUNK)})
+_KEEP_END = Choice({"left": True, "right": False})
 FIELDS = (  # what each does is said in docs/openapi.py
-    Field("model", "model", read_string),
-    Field("use_llm", "use_llm", read_boolean, is_own=True),
-    Field("llm_top_n", "llm_top_n", _COUNT, is_own=True),
-    Field("k", "top_n", _TOP_N),
-    Field("top_k", "top_n", _TOP_N),
-    Field("top_n", "top_n", _TOP_N),
-    Field("return_documents", "return_documents", read_boolean),
-    Field("return_text", "return_documents", read_boolean, ("tei",)),
-    Field("raw_scores", "raw_scores", read_boolean),
-    Field("min_score", "min_score", read_number, is_own=True),
-    Field("ids", "ids", read_ids, is_own=True),
-    Field("truncate_prompt_tokens", "max_length", _LENGTH_OR_ALL),
-    Field("max_length", "max_length", _LENGTH, is_own=True),
-    Field("max_tokens_per_query", "max_query", _LIMIT),
-    Field("max_tokens_per_doc", "max_passage", _LIMIT),
-    Field("max_chunks_per_doc", "max_windows", _LIMIT),
-    Field("overlap_tokens", "overlap", _OVERLAP),
-    Field("truncate", "on_overflow", read_may_cut, ("tei",)),
-    Field("truncation", "on_overflow", read_may_cut, ("voyage",)),
-    Field("on_overflow", "on_overflow", _OVERFLOW, is_own=True),
-    Field("truncation_direction", "keep_end", Choice({"Left": True, "Right": False}), ("tei",)),
-    Field("truncation_side", "keep_end", Choice({"left": True, "right": False})),
-    Field("return_characters_read", "return_characters_read", read_boolean, is_own=True),
-    Field("timeout", "timeout_s", read_seconds, is_own=True),
+    Field("model", read_string),
+    Field("use_llm", _BOOLEAN, is_own=True),
+    Field("llm_top_n", _COUNT, is_own=True),
+    Field("k", _TOP_N, "top_n"),
+    Field("top_k", _TOP_N, "top_n"),
+    Field("top_n", _TOP_N),
+    Field("return_documents", _BOOLEAN),
+    Field("return_text", _BOOLEAN, "return_documents", ("tei",)),
+    Field("raw_scores", _BOOLEAN),
+    Field("min_score", _FLOAT, is_own=True),
+    Field("ids", read_ids, is_own=True),
+    Field("truncate_prompt_tokens", _LENGTH_OR_ALL, "max_length"),
+    Field("max_length", _LENGTH, is_own=True),
+    Field("max_tokens_per_query", _LIMIT, "max_query"),
+    Field("max_tokens_per_doc", _LIMIT, "max_passage"),
+    Field("max_chunks_per_doc", _LIMIT, "max_windows"),
+    Field("overlap_tokens", Number(0, MAX_MAX_LENGTH_TOKENS), "overlap"),
+    Field("truncate", _MAY_CUT, "on_overflow", ("tei",)),
+    Field("truncation", _MAY_CUT, "on_overflow", ("voyage",)),
+    Field("on_overflow", _OVERFLOW, is_own=True),
+    Field("truncation_direction", _KEEP_END, "keep_end", ("tei",)),
+    Field("truncation_side", _KEEP_END, "keep_end"),
+    Field("return_characters_read", _BOOLEAN, is_own=True),
+    Field("timeout", _SECONDS, "timeout_s", is_own=True),
 )
 
 # -- JSON, stricter than Python's: names are unique (readers differ in which of two they take: RFC
@@ -854,14 +786,13 @@ FIELDS = (  # what each does is said in docs/openapi.py
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """The body as a dict. A byte order mark (Windows) is skipped. Raises BadRequestError."""
+    """Raises BadRequestError."""
     try:
-        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # Windows' byte order mark
         _check_containers(raw)
         body = _JSON.decode(text)
     except UnicodeDecodeError as error:
-        message = f"the body is not valid UTF-8: byte {error.start} is wrong"
-        raise BadRequestError(message) from None
+        raise BadRequestError(f"the body is not valid UTF-8: byte {error.start}") from None
     except RecursionError:
         raise BadRequestError("the body is nested too deeply") from None
     except ValueError as error:
@@ -872,27 +803,25 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
 
 
 def _check_containers(raw: bytes) -> None:
-    """Brackets inside strings are told apart only where there are many."""
     if raw.count(b"[") + raw.count(b"{") > MAX_JSON_CONTAINERS:
+        # Brackets inside strings do not count.
         bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", raw, flags=re.DOTALL))
         if bare.count(b"[") + bare.count(b"{") > MAX_JSON_CONTAINERS:
-            most = f"{MAX_JSON_CONTAINERS:,} lists and objects"
-            raise BadRequestError(f"the body holds more than {most}")
+            limit = f"{MAX_JSON_CONTAINERS:,} lists and objects"
+            raise BadRequestError(f"the body holds more than {limit}")
 
 
 def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
-        ((name, _),) = Counter(name for name, _ in items).most_common(1)
-        name = name[:100]
+        ((name, _),) = Counter(name[:100] for name, _ in items).most_common(1)
         raise BadRequestError(f"the name {name!r} is in an object of the body twice", name)
     return found
 
 
 def _json_number(kind: Callable[[str], Any], text: str) -> Any:
     if len(text) > MAX_NUMBER_CHARACTERS:
-        count = f"{len(text):,} characters; at most {MAX_NUMBER_CHARACTERS:,} are read"
-        raise BadRequestError(f"a number in the body has {count}")
+        raise BadRequestError(f"a number in the body has {len(text):,} characters")
     if kind is float and not math.isfinite(float(text)):
         raise BadRequestError(f"the number {text[:40]} in the body is more than a float can hold")
     return kind(text)
@@ -905,6 +834,10 @@ def _json_constant(text: str) -> None:
 _JSON = json.JSONDecoder(
     object_pairs_hook=_json_object, parse_int=functools.partial(_json_number, int),
     parse_float=functools.partial(_json_number, float), parse_constant=_json_constant)
+
+
+def _wrong(name: str, expected: str, value: Any) -> BadRequestError:
+    return BadRequestError(_expected(name, expected, {name: value}), name)
 
 
 def _expected(name: str, expected: str, body: dict[str, Any], others: Sequence[str] = ()) -> str:
@@ -931,12 +864,9 @@ Tokenizer = Callable[[str], list[int]]  # without specials; a special token's st
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair as the model sees it.
-
-    ids: with their specials. passage_start: index in ids. query_ids: bi-encoder only, the query's
-    own sequence (ids is then the passage's). n_shared: leading ids that are computed once for all
-    pairs of a query (decoders only). n_dropped: tokens of both texts that were cut.
-    """
+    """ids: with their specials. passage_start: index in ids. n_dropped: tokens of both texts that
+    were cut. query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
+    n_shared: leading ids that are computed once for all pairs of a query (decoders only)."""
 
     ids: Sequence[int]
     passage_start: int
@@ -950,68 +880,63 @@ class Pair:
 
     @property
     def n_new(self) -> int:
-        """Tokens that it adds to a batch with its prefix."""
         return len(self.ids) - self.n_shared
 
-    @property
+    @functools.cached_property
     def prefix(self) -> tuple[int, ...]:
         return tuple(self.ids[: self.n_shared])
 
-    @property
+    @functools.cached_property
     def key(self) -> bytes:
-        """Equal for pairs that the model cannot tell apart: 16 bytes of BLAKE2b."""
+        """Equal for pairs that the model cannot tell apart."""
         ids = array.array("i", (*self.ids, -1, *self.query_ids))
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What surrounds the passage of a pair: head and tail are whole, the passage gets `room`."""
+    """What surrounds the passage of a pair: head and tail are never cut."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
     room: int  # tokens
-    n_dropped: int  # tokens of the query that were cut
+    n_dropped: int = 0  # tokens of the query that were cut
     query_ids: tuple[int, ...] = ()
     n_shared: int = 0
 
     def pair(self, ids: Sequence[int], n_dropped: int) -> Pair:
-        """Ids of four bytes each: a long list holds many pairs at once."""
-        framed = array.array("i", (*self.head, *ids, *self.tail))
+        framed = array.array("i", (*self.head, *ids, *self.tail))  # four bytes each
         n_dropped += self.n_dropped
         return Pair(framed, len(self.head), n_dropped, self.query_ids, self.n_shared)
 
 
 class Pairs:
-    """Makes the pairs of one model; a subclass says how it frames a passage. Any thread."""
+    """Any thread."""
 
-    passage_prefix = ""
-    _prefix_ids: tuple[int, ...] = ()  # of it, without a space that may belong to the passage
+    query_prefix = passage_prefix = ""
+    _prefix_ids: tuple[int, ...] = ()  # passage_prefix's, without a space that may be the passage's
 
     def __init__(self, tokenize: Tokenizer, max_length: int) -> None:
         self._tokenize, self._max_length = tokenize, max_length
         self.longest = max_length  # tokens of the longest pair that is made
 
     def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
-        """One pair for each passage."""
-        frame = self._frame_for(query, cut)
-        room = min(frame.room, cut.max_passage or frame.room)
-        pairs = []
+        frame, pairs = self._frame(query, cut), []
         for passage in passages:
             ids = self._tokenize(self.passage_prefix + passage)
-            kept = ids[:room]
-            if cut.keep_end and len(ids) > room:
+            kept = ids[: frame.room]
+            if cut.keep_end and len(ids) > frame.room:
                 prefix, rest = self._split_prefix(ids)
-                kept = [*prefix, *rest[len(rest) - max(0, room - len(prefix)) :]]
+                kept = [*prefix, *rest[len(rest) - max(0, frame.room - len(prefix)) :]]
             pairs.append(frame.pair(kept, len(ids) - len(kept)))
         return pairs
 
     def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
-        """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
-        which together hold all of it, unless there may be only so many."""
-        frame = self._frame_for(query, cut)
+        """Overlapping windows (by a quarter, unless the cut says more) that together hold all of
+        the passage, unless there may be only so many."""
+        frame = self._frame(query, cut)
         ids = self._tokenize(self.passage_prefix + passage)
-        prefix, rest = self._split_prefix(ids[: cut.max_passage or len(ids)])
+        prefix, rest = self._split_prefix(ids[: cut.max_passage])
         size = max(1, frame.room - len(prefix))
         overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
         starts = range(0, max(1, len(rest) - overlap), size - overlap)[: cut.max_windows]
@@ -1019,63 +944,58 @@ class Pairs:
         return [frame.pair([*prefix, *rest[at : at + size]], n_dropped) for at in starts]
 
     def room(self, query: str, cut: Cut = Cut()) -> int:
-        """Tokens that `make` leaves to a passage."""
-        room = self._frame_for(query, cut).room
-        return min(room, cut.max_passage or room)
+        return self._frame(query, cut).room
 
     def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
-        """How much of the passage's start (or end) is no more than so many tokens, to within a
-        word. Searched for, since no tokenizer here says where in the text a token begins."""
+        """How much of the passage's start (or end) so many tokens are, to within a word. Searched
+        for: no tokenizer here says where in the text a token begins."""
 
         def n_tokens_of(n: int) -> int:
             part = passage[len(passage) - n :] if keep_end else passage[:n]
             return len(self._tokenize(self.passage_prefix + part))
 
-        near = max(1, n_tokens)
-        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest stays text
-            near *= 2
-        lengths = range(min(near, len(passage)) + 1)
-        return bisect.bisect_right(lengths, n_tokens, key=n_tokens_of) - 1
+        return bisect.bisect_right(range(len(passage) + 1), n_tokens, key=n_tokens_of) - 1
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """The passage's prefix, which every window keeps, and the rest."""
+        """What every window keeps, and the rest."""
         n = len(self._prefix_ids)
-        n = n if tuple(ids[:n]) == self._prefix_ids else 0
-        return ids[:n], ids[n:]
+        return (ids[:n], ids[n:]) if tuple(ids[:n]) == self._prefix_ids else ([], ids)
 
-    def _frame_for(self, query: str, cut: Cut) -> Frame:
-        max_length = min(cut.max_length or self._max_length, self._max_length)
-        return self._frame(query, max_length, cut.max_query or MANY)
+    def _frame(self, query: str, cut: Cut) -> Frame:
+        max_length = min(cut.max_length or MANY, self._max_length)
+        ids = self._tokenize(self.query_prefix + query)
+        kept = ids[: min(cut.max_query or MANY, self._query_room(max_length))]
+        frame = self._frame_of(kept, max_length)
+        room = max(0, min(frame.room, cut.max_passage or MANY))
+        return dataclasses.replace(frame, room=room, n_dropped=len(ids) - len(kept))
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
+    def _query_room(self, max_length: int) -> int:
+        return max_length * 3 // 4
+
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
         raise NotImplementedError
 
 
 class CrossEncoderPairs(Pairs):
-    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagReranker does.
-
-    The query is cut to 3/4 of max_length, the passage to max_length, then only the passage is
-    shortened until the pair fits, specials counted (FlagEmbedding 1.4.2,
-    BaseReranker.compute_score_single_gpu).
-    """
+    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT). The query is cut to 3/4
+    of max_length, then the passage until the pair fits, specials counted (FlagEmbedding 1.4.2,
+    BaseReranker.compute_score_single_gpu)."""
 
     def __init__(
         self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int,
         max_length: int,
     ) -> None:
         super().__init__(tokenize, max_length)
-        self._first, self._separators, self._last = first, tuple(separators), last
+        self._first, self._separators, self._last = first, separators, last
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
-        ids, kept = self._tokenize(query), min(max_query, max_length * 3 // 4)
-        head = (self._first, *ids[:kept], *self._separators)
-        room = max(0, max_length - len(head) - 1)
-        return Frame(head, (self._last,), room, max(0, len(ids) - kept))
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+        head = (self._first, *query, *self._separators)
+        return Frame(head, (self._last,), max_length - len(head) - 1)
 
 
 @dataclass(frozen=True)
 class PromptParts:
-    """FlagEmbedding 1.4.2, FlagLLMReranker: what bge-reranker-v2-gemma was trained with."""
+    """What bge-reranker-v2-gemma was trained with (FlagLLMReranker)."""
 
     query_prefix: str = "A: "
     passage_prefix: str = "B: "
@@ -1087,129 +1007,110 @@ class PromptParts:
 
 
 class PromptPairs(Pairs):
-    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own.
-
-    As FlagLLMReranker does, the passage part is cut so that everything before the last separator
-    fits max_length + len(separator) + len(prompt) tokens; the last separator and the prompt are
-    appended after the cut and are always whole.
-    """
+    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own. As in
+    FlagLLMReranker, what stands before the last separator is cut to max_length + len(separator) +
+    len(prompt) tokens."""
 
     def __init__(
         self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int
     ) -> None:
         super().__init__(tokenize, max_length)
-        self._bos, self._parts, self.passage_prefix = bos, parts, parts.passage_prefix
+        self.query_prefix, self.passage_prefix = parts.query_prefix, parts.passage_prefix
         self._prefix_ids = tuple(tokenize(parts.passage_prefix.rstrip()))
-        self._separator = tuple(tokenize(parts.separator))
+        self._bos, self._separator = bos, tuple(tokenize(parts.separator))
         self._tail = self._separator + tuple(tokenize(parts.prompt))
         self.longest = max_length + 2 * len(self._tail)
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
-        ids = self._tokenize(self._parts.query_prefix + query)
-        kept = min(max_query, max_length * 3 // 4)
-        head = (self._bos, *ids[:kept], *self._separator)
-        room = min(max_length, max(0, max_length + len(self._tail) - len(head)))
-        return Frame(head, self._tail, room, max(0, len(ids) - kept), n_shared=len(head))
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+        head = (self._bos, *query, *self._separator)
+        room = min(max_length, max_length + len(self._tail) - len(head))
+        return Frame(head, self._tail, room, n_shared=len(head))
 
 
 class TextPairs(Pairs):
-    """Bi-encoder: query and passage are each `[CLS] text [SEP]`, cut to max_length
-    (sentence-transformers)."""
+    """Query and passage apart, each as `[CLS] text [SEP]` (sentence-transformers)."""
 
     def __init__(self, tokenize: Tokenizer, first: int, last: int, max_length: int) -> None:
         super().__init__(tokenize, max_length)
         self._first, self._last = first, last
 
-    def _frame(self, query: str, max_length: int, max_query: int) -> Frame:
-        ids, room = self._tokenize(query), max_length - 2
-        kept = min(room, max_query)
-        query_ids = (self._first, *ids[:kept], self._last)
-        return Frame((self._first,), (self._last,), room, max(0, len(ids) - kept), query_ids)
+    def _query_room(self, max_length: int) -> int:
+        return max_length - 2
+
+    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+        query_ids = (self._first, *query, self._last)
+        return Frame((self._first,), (self._last,), max_length - 2, query_ids=query_ids)
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
-    """For each passage of `indices` its pair, or its windows. Raises BadRequestError for one that
-    may not be cut."""
-    if request.on_overflow == CHUNK:
-        return [
-            pairs.windows(request.query_of(index), request.passages[index], request.cut)
-            for index in indices
-        ]
-    by_query: dict[str, list[int]] = {}
-    for index in indices:
-        by_query.setdefault(request.query_of(index), []).append(index)
-    made: dict[int, Pair] = {}
-    for query, own in by_query.items():
-        texts = [request.passages[index] for index in own]
-        made.update(zip(own, pairs.make(query, texts, request.cut), strict=True))
-    for index, pair in made.items():
+    """For each passage its pair, or its windows. Raises BadRequestError: it may not be cut."""
+    made: list[list[Pair]] = []
+    for query, own in itertools.groupby(indices, request.query_of):
+        passages = [request.passages[index] for index in own]
+        if request.on_overflow == CHUNK:
+            made += [pairs.windows(query, passage, request.cut) for passage in passages]
+        else:
+            made += [[pair] for pair in pairs.make(query, passages, request.cut)]
+    for index, (pair, *_) in zip(indices, made, strict=True):
         if request.on_overflow == ERROR and pair.truncated:
             name = f"{request.texts}[{index}]"
             message = f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query"
             raise BadRequestError(message, name)
-    return [[made[index]] for index in indices]
+    return made
 
 
 def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
     """How much of a passage that was cut the model saw. All of it: then the query was cut."""
-    passage, room = request.passages[index], request.cut.max_passage
-    if request.on_overflow != CHUNK:
-        room = pairs.room(request.query_of(index), request.cut)
-    if room is None:
-        return len(passage)
-    return pairs.n_characters(passage, room, request.cut.keep_end)
+    passage, cut = request.passages[index], request.cut
+    is_cut = request.on_overflow != CHUNK
+    room = pairs.room(request.query_of(index), cut) if is_cut else cut.max_passage
+    return len(passage) if room is None else pairs.n_characters(passage, room, cut.keep_end)
 
 
 class VocabTokenizer:
-    """llama.cpp's own: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it. The pairs
-    bring their own specials, and `</s>` inside a text is text. Any thread."""
+    """llama.cpp's own: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it."""
 
     def __init__(self, vocab: Any) -> None:
         self._vocab, self._native = vocab, llama().llama_tokenize
 
     def __call__(self, text: str) -> list[int]:
         raw = text.encode("utf-8")
-        if not raw:
-            return []
-        ids, count = self._tokenize(raw, len(raw) + 16)  # about an id for each byte at most
-        if count < 0:
-            ids, count = self._tokenize(raw, -count)
-        if count < 0:
-            raise EngineError("the tokenizer failed")
-        return list(ids[:count])
-
-    def _tokenize(self, raw: bytes, size: int) -> tuple[Any, int]:
-        buffer = (ctypes.c_int32 * size)()
-        return buffer, self._native(self._vocab, raw, len(raw), buffer, size, False, False)
+        count = -len(raw) - 16  # about an id for each byte at most; else it says how many
+        for _ in range(2):
+            buffer = (ctypes.c_int32 * -count)()
+            count = self._native(self._vocab, raw, len(raw), buffer, -count, False, False)
+            if count >= 0:
+                return list(buffer[:count])
+        raise EngineError("the tokenizer failed")
 
 
 class XlmRobertaTokenizer(VocabTokenizer):
-    """U+0085 (NEXT LINE) is the one character at which the reference splits and llama.cpp's
-    tokenizer does not."""
-
     def __call__(self, text: str) -> list[int]:
+        """At NEXT LINE, of all characters, the reference splits and llama.cpp does not."""
         return super().__call__(text.replace("\x85", " "))
+
+
+WORDS_KEPT = 16384  # 25 MB if all are of the longest kind
+CHARACTERS_KEPT = 16384  # 3 MB
 
 
 class WordPieceTokenizer:
     """BERT's tokenizer over the file's vocabulary (tokenization.py of google-research/bert). Not
-    llama.cpp's, which has no [UNK] for words of more than 100 characters, and drops spacing
-    combining marks (Devanagari vowel signs) that BERT keeps. Any thread."""
+    llama.cpp's, which has no [UNK] for long words, and drops spacing combining marks (Devanagari
+    vowel signs) that BERT keeps. Any thread."""
 
     MAX_WORD_CHARACTERS = 100
-    WORDS_KEPT = 16384  # of at most 100 characters: 25 MB if all are of the longest kind
 
     def __init__(
         self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
     ) -> None:
-        """pieces: the GGUF's token texts; one that begins a word is stored as "▁piece" there."""
-        self._starts: dict[str, int] = {}
-        self._continuations: dict[str, int] = {}
-        for index, piece in enumerate(pieces):
-            kind = self._starts if piece.startswith("▁") else self._continuations
-            kind[piece.removeprefix("▁")] = index
+        """pieces: the GGUF's, where BERT's `piece` is "▁piece", and its `##piece` is "piece"."""
+        self._ids = {
+            piece[1:] if piece.startswith("▁") else f"##{piece}": index
+            for index, piece in enumerate(pieces)
+        }
         self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
-        self._word = functools.lru_cache(self.WORDS_KEPT)(self._split_word)
+        self._word = functools.lru_cache(WORDS_KEPT)(self._split_word)
         self._fold = CharacterTable(self._fold_character)
 
     def __call__(self, text: str) -> list[int]:
@@ -1220,10 +1121,10 @@ class WordPieceTokenizer:
         return ids
 
     def _words(self, text: str) -> list[str]:
-        text = "".join(map(_CLEAN.__getitem__, text))
+        text = text.translate(_CLEAN)
         if self._strip_accents:
             text = unicodedata.normalize("NFD", text)
-        return "".join(map(self._fold.__getitem__, text)).split()
+        return text.translate(self._fold).split()
 
     def _fold_character(self, character: str) -> str:
         category = unicodedata.category(character)
@@ -1237,56 +1138,51 @@ class WordPieceTokenizer:
 
     def _split_word(self, word: str) -> tuple[int, ...]:
         ids: list[int] = []
-        start, pieces = 0, self._starts
+        start, mark = 0, ""
         while start < len(word):
-            end = len(word)
-            while end > start and word[start:end] not in pieces:
-                end -= 1
-            if end == start:
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if mark + word[start:end] in self._ids), None)
+            if end is None:
                 return (self._unknown,)
-            ids.append(pieces[word[start:end]])
-            start, pieces = end, self._continuations
+            ids.append(self._ids[mark + word[start:end]])
+            start, mark = end, "##"
         return tuple(ids)
 
 
-class CharacterTable(dict[str, str]):
-    """What each character becomes, computed once for those that are used."""
-
-    MAX_KEPT = 16384  # 3 MB; then it begins anew
+class CharacterTable(dict[int, str]):
+    """For str.translate: what each character becomes, computed once for those that are used."""
 
     def __init__(self, rule: Callable[[str], str]) -> None:
         super().__init__()
         self._rule = rule
 
-    def __missing__(self, character: str) -> str:
-        if len(self) >= self.MAX_KEPT:
+    def __missing__(self, code: int) -> str:
+        if len(self) >= CHARACTERS_KEPT:
             self.clear()
-        self[character] = result = self._rule(character)
-        return result
+        return self.setdefault(code, self._rule(chr(code)))
 
 
 def _clean_character(character: str) -> str:
-    """BertNormalizer: control characters go, white space is a space, ideographs stand alone."""
+    """BertNormalizer."""
     category = unicodedata.category(character)
     if character in "\t\n\r" or category.startswith("Z"):
         return " "
     # Not Cn: an emoji may be newer than Python's tables.
     if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
         return ""
-    code = ord(character)
-    is_ideograph = any(low <= code <= high for low, high in _IDEOGRAPHS)
+    is_ideograph = any(low <= ord(character) <= high for low, high in _IDEOGRAPHS)
     return f" {character} " if is_ideograph else character
 
 
 _IDEOGRAPHS = (  # the CJK blocks that BERT's _is_chinese_char names
-    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF),
+    (0x2F800, 0x2FA1F),
 )
 _CLEAN = CharacterTable(_clean_character)
 
 
 # --------------------------------------------------------------------------------------------------
-# Call and metrics: what is known of one request under way, and of all of them
+# Call and metrics
 # --------------------------------------------------------------------------------------------------
 
 HANG_UP_POLL_S = 0.25
@@ -1294,8 +1190,7 @@ HANG_UP_POLL_S = 0.25
 
 @dataclass
 class Call:
-    """What a request needs beside its texts: when it must be answered, whether its client still
-    waits, and what is measured of it. Its own thread alone uses it."""
+    """One request under way. Its own thread alone uses it."""
 
     is_gone: Callable[[], bool] = lambda: False
     is_cut_off: Callable[[], bool] = lambda: False  # the server stops and waits no longer
@@ -1325,15 +1220,13 @@ class Call:
 
     def result(self, future: Future[T]) -> T:
         """Waits for it. Raises what it raises, and what check does."""
-        while True:
-            left_s = self.timeout_s - self.seconds
-            if wait([future], max(0.0, min(left_s, HANG_UP_POLL_S))).done:
-                return future.result()
+        while not future.done():
             self.check()
+            wait([future], min(self.timeout_s - self.seconds, HANG_UP_POLL_S))
+        return future.result()
 
 
-_SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
-_TENTHS = (.1, .2, .3, .4, .5, .6, .7, .8, .9, 1)
+_TIMES = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
@@ -1341,45 +1234,46 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
-        info, role = prometheus_client.Info, ("role",)
-        self.requests = self._new(
-            counter, "requests", "answers; status 499: the client hung up", ("route", "status"))
-        self.request_seconds = self._seconds(
+        counter = self._ours(prometheus_client.Counter)
+        histogram = self._ours(prometheus_client.Histogram)
+        seconds = functools.partial(histogram, buckets=_TIMES)
+        role = ("role",)
+        self.requests = counter(
+            "requests", "answers; status 499: the client hung up", ("route", "status"))
+        self.request_seconds = seconds(
             "request_seconds", "from a request's arrival to its answer", ("route",))
-        self.queue_seconds = self._seconds(
-            "queue_seconds", "while a request's pairs waited for their turn")
-        self.tokenise_seconds = self._seconds("tokenise_seconds", "a request's tokenising")
-        self.inference_seconds = self._seconds(
-            "inference_seconds", "decodes with a pair of the request")
-        self.batch_fill_ratio = self._new(
-            prometheus_client.Histogram, "batch_fill_ratio",
-            "tokens of a decode, as a part of --ubatch", role, buckets=_TENTHS)
-        self.pairs = self._new(counter, "pairs", "pairs that were scored", role)
-        self.tokens = self._new(counter, "tokens", "their tokens, without a shared prefix", role)
-        self.failed_batches = self._new(
-            counter, "failed_batches", "decodes that failed, with all requests in them", role)
-        self.cache_hits = self._new(counter, "cache_hits", "pairs whose score was known", role)
-        self.truncated_passages = self._new(
-            counter, "truncated_passages", "passages that were cut", role)
-        self.replaced_passages = self._new(
-            counter, "replaced_passages", "passages with half a character", role)
-        self.queue_tokens = self._new(gauge, "queue_tokens", "tokens that wait", role)
-        self.queue_requests = self._new(
-            gauge, "queue_requests", "requests that wait or are being scored", role)
-        self.model_loaded = self._new(gauge, "model_loaded", "1: in memory", role)
-        self.model = self._new(info, "model", "the file of a role", role)
-        self._new(gauge, "accel_bytes", "weights in the engine of accel/").set_function(accel_bytes)
-        self._new(gauge, "resident_bytes", "of the process").set_function(resident_bytes)
+        self.queue_seconds = seconds(
+            "queue_seconds", "while a request's pairs waited for their turn", role)
+        self.tokenise_seconds = seconds("tokenise_seconds", "a request's tokenising", role)
+        self.inference_seconds = seconds(
+            "inference_seconds", "decodes with a pair of the request", role)
+        self.batch_fill_ratio = histogram(
+            "batch_fill_ratio", "tokens of a decode, as a part of --ubatch", role,
+            buckets=[n / 10 for n in range(1, 11)])
+        self.pairs = counter("pairs", "pairs that were scored", role)
+        self.tokens = counter("tokens", "their tokens, without a shared prefix", role)
+        self.failed_batches = counter(
+            "failed_batches", "decodes that failed, with all requests in them", role)
+        self.cache_hits = counter("cache_hits", "pairs whose score was known", role)
+        self.truncated_passages = counter("truncated_passages", "passages that were cut", role)
+        self.replaced_passages = counter(
+            "replaced_passages", "passages with half a character", role)
+        self._show_state(role)
+
+    def _ours(self, kind: Any) -> Any:
+        return functools.partial(kind, namespace="rerank", registry=self.registry)
+
+    def _show_state(self, role: Sequence[str]) -> None:
+        gauge, info = self._ours(prometheus_client.Gauge), self._ours(prometheus_client.Info)
+        self.queue_tokens = gauge("queue_tokens", "tokens that wait", role)
+        self.queue_requests = gauge(
+            "queue_requests", "requests that wait or are being scored", role)
+        self.model_loaded = gauge("model_loaded", "1: in memory", role)
+        self.model = info("model", "the file of a role", role)
+        gauge("accel_bytes", "weights in the engine of accel/").set_function(accel_bytes)
+        gauge("resident_bytes", "of the process").set_function(resident_bytes)
         versions = {"version": __version__, "llama_cpp_python": llama_version()}
-        self._new(info, "build", "versions").info(versions)
-
-    def _new(self, kind: Any, name: str, help: str, labels: Sequence[str] = (), **more: Any) -> Any:
-        return kind(f"rerank_{name}", help, labels, registry=self.registry, **more)
-
-    def _seconds(self, name: str, help: str, labels: Sequence[str] = ("role",)) -> Any:
-        kind = prometheus_client.Histogram
-        return self._new(kind, name, help, labels, buckets=_SECONDS)
+        info("build", "versions").info(versions)
 
     def add_role(self, role: Role) -> None:
         name, model = role.name, role.description
@@ -1405,37 +1299,32 @@ def take_batch(
     waiting: list[T], n_tokens: Callable[[T], float], room: float, most: int,
     is_shared: bool = False,
 ) -> list[T]:
-    """Takes the first of `waiting` and, in order, those behind it that still fit `room` tokens.
-
-    The first is taken whatever its length, unless is_shared. At most MAX_SEQUENCES are passed over.
-    """
+    """Takes the first of `waiting` (whatever its length, unless is_shared), and those behind it
+    that still fit `room` tokens. At most MAX_SEQUENCES are passed over."""
     taken: list[T] = []
     passed: list[T] = []
-    n_seen = 0
     for candidate in waiting:
         if len(taken) >= most or len(passed) >= MAX_SEQUENCES or (room <= 0 and taken):
             break
-        n_seen += 1
         size = n_tokens(candidate)
         if size <= room or not (taken or is_shared):
             taken.append(candidate)
             room -= size
         else:
             passed.append(candidate)
-    waiting[:n_seen] = passed
+    waiting[: len(taken) + len(passed)] = passed
     return taken
 
 
 class Job:
-    """What one request asks of one model. The queue's lock guards it, except for the future and
-    `known`, the logits that the request's own thread found in the cache."""
+    """A request's pairs. The queue's lock guards it, except for scored and known."""
 
     def __init__(self, n_estimated: int) -> None:
-        self.waiting: list[Entry] = []  # one prefix after the other, the longest pairs first
+        self.waiting: list[Entry] = []  # in their order
         self.keys: set[bytes] = set()  # of every pair that was submitted
         self.logits: dict[bytes, float] = {}
-        self.known: dict[bytes, float] = {}
-        self.scored: Future[dict[bytes, float]] = Future()  # logits of all pairs by their keys
+        self.known: dict[bytes, float] = {}  # logits from the cache
+        self.scored: Future[dict[bytes, float]] = Future()  # all logits by key
         self.is_complete = False  # nothing more will be submitted
         self.n_estimated = n_estimated  # tokens of what is not tokenised yet
         self.n_waiting = 0  # tokens
@@ -1449,24 +1338,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """A pair that waits, and the job that waits for it."""
+    """A pair that waits."""
 
     pair: Pair
-    key: bytes
     job: Job
-    prefix: tuple[int, ...]
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        return self.pair.prefix
+
     def order(self) -> tuple[tuple[int, ...], int]:
-        """Pairs with one prefix stand together: the engine then computes it once. Long pairs go
-        first, so that short ones fill the decodes."""
+        """One prefix after the other: the engine computes it once. Short pairs fill the decodes."""
         return self.prefix, -self.pair.n_new
 
 
+def n_new(entries: Iterable[Entry]) -> int:
+    return sum(entry.pair.n_new for entry in entries)
+
+
 class Queue:
-    """The jobs that wait for one engine. They take turns: each decode is the next job's, so a short
-    request waits for one decode of a long one and not for all of it. Any thread appends; one
-    scheduler takes."""
+    """Jobs take turns: each decode is the next one's, so a short request waits for one decode of a
+    long one and not for all of it. Any thread appends; one scheduler takes."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -1475,24 +1367,25 @@ class Queue:
         self._served: Job | None = None  # whose turn the running decode is
         self._tokens_per_s = 0.0  # smoothed over some ten batches; 0: nothing was measured yet
         self._closed = False
-        self._failure: RequestError | None = None  # why nobody takes any more
+        self.failure: RequestError | None = None  # why nobody takes any more
         self._lock = threading.Lock()  # guards all of it, and the jobs
         self._work = threading.Condition(self._lock)  # for the scheduler
         self._room = threading.Condition(self._lock)  # for those whose job waits to be tokenised
 
     @contextlib.contextmanager
     def admit(self, n_estimated: int) -> Iterator[Job]:
-        """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens, before anything
-        is tokenised. Raises OverloadedError when as much waits as may (one job counts for at most
-        half of it: a list of any length is accepted, and leaves room for others), and
-        UnavailableError once the queue is closed."""
-        job = Job(n_estimated)
+        """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens. One job counts
+        for at most half of what may wait: a list of any length is accepted, and leaves room for
+        others. Raises OverloadedError, and UnavailableError once the queue is closed."""
+        job, half = Job(n_estimated), self._max_tokens // 2
         with self._lock:
             if self._closed:
                 raise UnavailableError("the server is stopping")
-            excess = sum(map(self._charge, (*self._jobs, job))) - self._max_tokens
+            waiting = sum(min(other.n_tokens, half) for other in (*self._jobs, job))
+            excess = waiting - self._max_tokens
             if excess > 0:
-                raise OverloadedError(self.n_tokens, self._seconds_for(excess))
+                seconds = math.ceil(excess / (self._tokens_per_s or excess))
+                raise OverloadedError(self.n_tokens, min(MAX_RETRY_AFTER_S, seconds))
             self._jobs.add(job)
         try:
             yield job
@@ -1500,17 +1393,8 @@ class Queue:
             with self._lock:
                 self._end(job)
 
-    def _charge(self, job: Job) -> int:
-        return min(job.n_tokens, self._max_tokens // 2)
-
-    def _seconds_for(self, n_tokens: int) -> int:
-        """Until the engine will have scored so many, by what it scored lately."""
-        seconds = n_tokens / self._tokens_per_s if self._tokens_per_s else 1
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
-
     @property
     def n_tokens(self) -> int:
-        """Tokens that wait, as far as they are known."""
         return sum(job.n_tokens for job in tuple(self._jobs))
 
     @property
@@ -1520,38 +1404,37 @@ class Queue:
     def wait_for_room(self, job: Job, max_waiting: int, call: Call) -> None:
         """Until no more than so many tokens of the job wait: a long list is tokenised only a little
         ahead of the engine. Raises what Call.check does."""
-        while not self._has_room(job, max_waiting):
-            call.check()
 
-    def _has_room(self, job: Job, max_waiting: int) -> bool:
         def has_room() -> bool:
             return job.n_waiting <= max_waiting or job.scored.done()
 
-        with self._lock:
-            return self._room.wait_for(has_room, HANG_UP_POLL_S)
+        while True:
+            with self._lock:
+                if self._room.wait_for(has_room, HANG_UP_POLL_S):
+                    return
+            call.check()
 
     def append(self, job: Job, pairs: dict[bytes, Pair], n_estimated: int) -> None:
-        """Pairs by their keys, none of them submitted before. n_estimated: tokens of what is still
-        to come. Raises EngineError where nobody takes any more."""
+        """Pairs by their keys, none of them submitted before. n_estimated: tokens still to come.
+        Raises EngineError where nobody takes any more."""
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             job.keys |= pairs.keys()
             job.n_estimated = n_estimated
             if not pairs or job not in self._jobs:
                 return
-            for key, pair in pairs.items():
-                entry = Entry(pair, key, job, pair.prefix)
-                bisect.insort(job.waiting, entry, key=_entry_order)
-                job.n_waiting += pair.n_new
+            entries = [Entry(pair, job) for pair in pairs.values()]
+            job.waiting = sorted([*job.waiting, *entries], key=Entry.order)
+            job.n_waiting += n_new(entries)
             job.submitted = min(job.submitted, time.monotonic())
             if job not in self._turns and job is not self._served:
                 self._turns.append(job)
             self._work.notify()
 
     def complete(self, job: Job) -> Future[dict[bytes, float]]:
-        """The job's logits by key, or the first thing that went wrong. Nothing may be appended
-        after it."""
+        """The job's logits by key, or the first thing that went wrong. Nothing is appended after
+        it."""
         with self._lock:
             job.is_complete, job.n_estimated = True, 0
             self._settle(job)
@@ -1560,12 +1443,11 @@ class Queue:
     def next_batch(
         self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None
     ) -> list[Entry] | None:
-        """The next job's turn. Waits for one; an empty list: none came for idle_s. None: closed,
-        and all was taken. A batch has one prefix.
+        """The next job's turn, all of one prefix. Empty: none came for idle_s. None: closed, and
+        all was taken.
 
-        What is left of the decode is shared with the jobs behind that need no more than one decode,
-        but only as many tokens as it has itself: a short request takes at most twice its time for
-        other short ones, and none for a long one.
+        What is left of the decode goes to the jobs behind that need no more than one decode, but
+        only as much as it has itself: so a short request takes at most twice its time.
         """
         with self._lock:
             if self._served is not None and self._served.waiting:
@@ -1577,44 +1459,40 @@ class Queue:
             job = self._served = self._turns.pop(0)
             prefix = job.waiting[0].prefix
             batch = self._take(job, prefix, max_batch_tokens, max_sequences)
-            n_own = sum(entry.pair.n_new for entry in batch)
-            room = min(max_batch_tokens - n_own, n_own)
+            room = min(max_batch_tokens - n_new(batch), n_new(batch))
             for other in self._turns:
                 if room > 0 and other.n_tokens <= max_batch_tokens:
                     most = max_sequences - len(batch)
                     shared = self._take(other, prefix, room, most, is_shared=True)
-                    room -= sum(entry.pair.n_new for entry in shared)
+                    room -= n_new(shared)
                     batch += shared
             self._turns = [other for other in self._turns if other.waiting]
             self._room.notify_all()
             return batch
 
     def _has_work(self) -> bool:
-        """Or there will never be any."""
-        return bool(self._turns) or (self._closed and not self._jobs)
+        return bool(self._turns) or (self._closed and not self._jobs)  # there will never be any
 
     @staticmethod
     def _take(
         job: Job, prefix: tuple[int, ...], room: float, most: int, is_shared: bool = False
     ) -> list[Entry]:
-        def n_tokens(entry: Entry) -> float:
+        def size(entry: Entry) -> float:
             return entry.pair.n_new if entry.prefix == prefix else math.inf
 
-        batch = take_batch(job.waiting, n_tokens, room, most, is_shared)
-        job.n_waiting -= sum(entry.pair.n_new for entry in batch)
+        batch = take_batch(job.waiting, size, room, most, is_shared)
+        job.n_waiting -= n_new(batch)
         return batch
 
     def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
-        """What the engine made of a batch. A logit that is no number fails its own job, not the
-        others."""
+        """A logit that is no number fails its own job, not the others."""
         with self._lock:
-            rate = sum(entry.pair.n_new for entry in batch) / max(seconds, 1e-6)
+            rate = n_new(batch) / max(seconds, 1e-6)
             weight = 0.1 if self._tokens_per_s else 1
             self._tokens_per_s += (rate - self._tokens_per_s) * weight
             for entry, logit in zip(batch, logits, strict=True):
-                if math.isfinite(logit):
-                    entry.job.logits[entry.key] = logit
-                else:
+                entry.job.logits[entry.pair.key] = logit
+                if not math.isfinite(logit):
                     error = EngineError(f"the model gave {logit} in place of a score")
                     self._fail(entry.job, error)
             for job in {entry.job for entry in batch}:
@@ -1622,24 +1500,17 @@ class Queue:
                 self._settle(job)
 
     def fail(self, error: RequestError, batch: Sequence[Entry] = ()) -> None:
-        """Ends each job of the batch with the error. Without a batch: every job, and those that
-        come, until restart: nobody takes them."""
+        """Ends the jobs of the batch. Without a batch: every job, and those that come."""
         with self._lock:
             if not batch:
-                self._failure = error
+                self.failure = error
             for job in {entry.job for entry in batch} or tuple(self._jobs):
                 self._fail(job, error)
 
-    def restart(self) -> None:
-        """Somebody takes again."""
-        with self._lock:
-            self._failure = None
-
     def _settle(self, job: Job) -> None:
         if job.is_complete and not job.scored.done() and len(job.logits) == len(job.keys):
-            if job.keys:
-                waited_s = time.monotonic() - job.submitted
-                job.queue_s = max(0.0, waited_s - job.inference_s)
+            waited_s = time.monotonic() - job.submitted
+            job.queue_s = max(0.0, waited_s - job.inference_s)
             job.scored.set_result(job.logits)
 
     def _fail(self, job: Job, error: RequestError) -> None:
@@ -1648,7 +1519,6 @@ class Queue:
         self._end(job)
 
     def _end(self, job: Job) -> None:
-        """Drops what the job still waits for."""
         self._jobs.discard(job)
         job.waiting.clear()
         job.n_waiting = job.n_estimated = 0
@@ -1658,30 +1528,23 @@ class Queue:
         self._room.notify_all()
 
     def close(self) -> None:
-        """No more jobs are admitted; those that wait are still served."""
         with self._lock:
             self._closed = True
             self._work.notify()
 
 
-def _entry_order(entry: Entry) -> tuple[tuple[int, ...], int]:
-    return entry.order
-
-
 class Scheduler:
-    """The one thread that loads an engine, calls engine.score, and frees it. Every job that it is
-    given ends, with logits or an exception."""
+    """The one thread that loads an engine, calls engine.score, and frees it."""
 
     def __init__(
         self, name: str, queue: Queue, load: Callable[[], Engine],
         idle_s: Callable[[Engine], float | None], metrics: Metrics,
     ) -> None:
-        """idle_s: for how long the engine may be idle before it is asked again; None: it was given
-        up and freed."""
+        """idle_s: how long the engine may be idle before it is asked again; None: it was freed."""
         self._name, self._queue, self._metrics = name, queue, metrics
         self._load, self._idle_s = load, idle_s
         self.engine: Future[Engine] = Future()
-        self._is_dead = False
+        self.has_failed = False  # the next request starts another
         self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
         self._thread.start()
 
@@ -1689,12 +1552,8 @@ class Scheduler:
     def is_loaded(self) -> bool:
         return self.engine.done() and not self.has_failed
 
-    @property
-    def has_failed(self) -> bool:
-        return self._is_dead or (self.engine.done() and self.engine.exception() is not None)
-
     def join(self, timeout_s: float | None) -> bool:
-        """Waits until the closed queue is empty and the engine freed. False: it took longer."""
+        """Until the closed queue is empty and the engine freed. False: it took longer."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -1702,15 +1561,16 @@ class Scheduler:
         try:
             engine = self._load()
         except BaseException as error:
+            self.has_failed = True
             self.engine.set_exception(error)
             return
-        self._queue.restart()
+        self._queue.failure = None
         self.engine.set_result(engine)
         try:
             self._serve(engine)
         except BaseException:
             log.exception("%s: the scheduler's thread ends", self._name)
-            self._is_dead = True  # the next request starts another
+            self.has_failed = True
             self._queue.fail(EngineError("the engine has stopped; see the server's log"))
             engine.close()
 
@@ -1719,8 +1579,8 @@ class Scheduler:
             idle_s = self._idle_s(engine)
             if idle_s is None:
                 return
-            wait_s = idle_s if math.isfinite(idle_s) else None
-            batch = self._queue.next_batch(engine.max_batch_tokens, engine.max_sequences, wait_s)
+            idle_s = min(idle_s, 1e6)  # no lock waits for ever
+            batch = self._queue.next_batch(engine.max_batch_tokens, engine.max_sequences, idle_s)
             if batch is None:
                 engine.close()
                 return
@@ -1728,23 +1588,21 @@ class Scheduler:
                 self._score(engine, batch)
 
     def _score(self, engine: Engine, batch: list[Entry]) -> None:
-        started, n_tokens = time.monotonic(), sum(entry.pair.n_new for entry in batch)
-        fill = n_tokens / engine.max_batch_tokens
-        self._metrics.batch_fill_ratio.labels(self._name).observe(fill)
+        metrics, name, n_tokens = self._metrics, self._name, n_new(batch)
+        metrics.batch_fill_ratio.labels(name).observe(n_tokens / engine.max_batch_tokens)
+        started = time.monotonic()
         try:
             logits = engine.score([entry.pair for entry in batch])
             if len(logits) != len(batch):
                 raise EngineError(f"the engine gave {len(logits)} scores for {len(batch)} pairs")
         except Exception as error:
-            is_known = isinstance(error, RequestError)
-            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not is_known)
-            self._metrics.failed_batches.labels(self._name).inc()
-            if not isinstance(error, RequestError):
-                error = EngineError("scoring failed; see the server's log")
-            self._queue.fail(error, batch)
+            known = error if isinstance(error, RequestError) else None
+            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not known)
+            metrics.failed_batches.labels(name).inc()
+            self._queue.fail(known or EngineError("scoring failed; see the server's log"), batch)
             return
-        self._metrics.pairs.labels(self._name).inc(len(batch))
-        self._metrics.tokens.labels(self._name).inc(n_tokens)
+        metrics.pairs.labels(name).inc(len(batch))
+        metrics.tokens.labels(name).inc(n_tokens)
         self._queue.finish(batch, logits, time.monotonic() - started)
 
 
