@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import Checkpoint
-from .models import Architecture
+from .models import YES_LOGIT, Architecture
+from .recipe import find_recipe
 from .reference import ReferencePairs
 from .tensors import Tensor, find_architecture, plan
 from .vocab import read_vocabulary
@@ -28,8 +29,10 @@ class Job:
         architecture = find_architecture(checkpoint)
         tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
         source = source or directory.resolve().name
-        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision)
-        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"])
+        is_asked = architecture.kind == YES_LOGIT and architecture.gguf != "gemma"
+        recipe = find_recipe(checkpoint, source, vocabulary) if is_asked else None
+        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision, recipe)
+        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"], recipe)
         return Job(checkpoint, architecture, tensors, metadata, pairs)
 
     def write(self, path: Path, half: bool) -> None:

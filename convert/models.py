@@ -20,7 +20,8 @@ class Architecture:
     name: str
     kind: str  # rerank.kind
     gguf: str  # llama.cpp's architecture
-    tokenizer: str  # llama.cpp's tokenizer model: t5 (unigram), bert (WordPiece), llama (SentencePiece BPE)
+    # llama.cpp's tokenizer model: t5 (unigram), bert (WordPiece), llama (SentencePiece BPE), gpt2 (byte-level BPE)
+    tokenizer: str
 
 
 ARCHITECTURES = {
@@ -29,6 +30,9 @@ ARCHITECTURES = {
         Architecture("XLMRobertaForSequenceClassification", CROSS_ENCODER, "bert", "t5"),
         Architecture("BertForSequenceClassification", CROSS_ENCODER, "bert", "bert"),
         Architecture("GemmaForCausalLM", YES_LOGIT, "gemma", "llama"),
+        Architecture("Qwen2ForCausalLM", YES_LOGIT, "qwen2", "gpt2"),
+        Architecture("Qwen3ForCausalLM", YES_LOGIT, "qwen3", "gpt2"),
+        Architecture("ModernBertForSequenceClassification", CROSS_ENCODER, "modern-bert", "gpt2"),
         Architecture("BertModel", BI_ENCODER, "bert", "bert"),
     )
 }
