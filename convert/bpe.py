@@ -1,8 +1,9 @@
-"""Byte-level BPE of a tokenizer.json (Qwen2, Qwen3, ModernBERT), as llama.cpp reads it from a GGUF file.
+"""Byte-level BPE of a tokenizer.json (Qwen2, Qwen3, ModernBERT), as llama.cpp reads it from a GGUF
+file.
 
-llama.cpp knows a pre-tokenizer (the regular expression that cuts a text before the merges) by a name,
-and normalises nothing: what tokenizer.json asks for is compared with what is known, and anything else
-is refused.
+llama.cpp knows a pre-tokenizer (the regular expression that cuts a text before the merges) by a
+name, and normalises nothing: what tokenizer.json asks for is compared with what is known, and
+anything else is refused.
 """
 
 from __future__ import annotations
@@ -31,14 +32,11 @@ def bpe_tokens(checkpoint: Checkpoint) -> tuple[list[str], list[bool], dict[str,
     if not content:
         architecture = checkpoint.config.architecture
         raise ConvertError(f"{path}: missing; the vocabulary of {architecture} is read from it")
-    try:
-        model = content["model"]
-        added = {entry["content"]: entry for entry in content.get("added_tokens") or []}
-        ids = dict(model["vocab"]) | {text: entry["id"] for text, entry in added.items()}
-        merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-        _check_model(path, model)
-    except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        raise ConvertError(f"{path}: no usable BPE vocabulary in it ({exc!r:.100})") from exc
+    model = content["model"]
+    added = {entry["content"]: entry for entry in content.get("added_tokens") or []}
+    ids = dict(model["vocab"]) | {text: entry["id"] for text, entry in added.items()}
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    _check_model(path, model)
     if sorted(ids.values()) != list(range(len(ids))):
         raise ConvertError(f"{path}: the ids of its tokens are not 0 to {len(ids) - 1}")
     control = {text: is_control(entry) for text, entry in added.items()}
@@ -64,8 +62,8 @@ def _check_model(path: Path, model: dict[str, Any]) -> None:
 
 
 def _check_merges(path: Path, merges: list[str], tokens: set[str], control: set[str]) -> None:
-    """A merge whose result is no token: a truncated vocabulary. One that makes a control token would
-    let a text do so."""
+    """A merge whose result is no token: a truncated vocabulary. One that makes a control token
+    would let a text do so."""
     for merge in merges:
         left, space, right = merge.partition(" ")
         if not space or left + right not in tokens or left + right in control:
@@ -73,15 +71,17 @@ def _check_merges(path: Path, merges: list[str], tokens: set[str], control: set[
 
 
 def pre_tokenizer(checkpoint: Checkpoint) -> str:
-    """llama.cpp's name of the pre-tokenizer: qwen2 or modern-bert (GPT-2's). Raises ConvertError for any other."""
+    """llama.cpp's name of it: qwen2, or modern-bert (GPT-2's). Raises ConvertError for any
+    other."""
     path = checkpoint.directory / "tokenizer.json"
     found = checkpoint.json("tokenizer.json").get("pre_tokenizer") or {}
     steps: list[dict[str, Any]] = found.get("pretokenizers") or [found]
     kinds = [step.get("type") for step in steps]
-    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+    if kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
+        has_expression = steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and has_expression:
             return "modern-bert"
-        if kinds == ["Split", "ByteLevel"] and _is_qwen_split(steps[0]) and not steps[1].get("use_regex", True):
+        if kinds == ["Split", "ByteLevel"] and _is_qwen_split(steps[0]) and not has_expression:
             return "qwen2"
     raise ConvertError(
         f"{path}: its pre-tokenizer is neither Qwen's nor GPT-2's, and only these can be converted"

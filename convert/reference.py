@@ -97,6 +97,8 @@ class ReferencePairs:
 
 
     def _recipe_ids(self, recipe: Recipe, query: str, passage: str, limit: int) -> list[int]:
+        if recipe.strip:
+            query, passage = query.strip(), passage.strip()
         asked, told = recipe.query_prefix + query + recipe.query_suffix, recipe.passage_prefix + passage
         head, tail = self._template_ids(recipe.head), self._template_ids(recipe.tail)
         if recipe.truncation == MXBAI:  # prepare_inputs: cut to 3/4; then prepare_for_model(..., "only_second")

@@ -274,6 +274,14 @@ def _is_symbol(text: str, known: set[str]) -> bool:
 
 
 def _read_bpe(checkpoint: Checkpoint) -> Vocabulary:
+    try:
+        return _bpe(checkpoint)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        problem = f"{checkpoint.directory}/tokenizer.json: no usable BPE vocabulary in it"
+        raise ConvertError(f"{problem} ({exc!r:.100})") from exc
+
+
+def _bpe(checkpoint: Checkpoint) -> Vocabulary:
     tokens, is_added, control, merges = bpe_tokens(checkpoint)
     types = [
         NORMAL if not added else CONTROL if control[token] else USER_DEFINED

@@ -10,8 +10,9 @@ What the reference is:
   text ("</s>", "<bos>", "[SEP]") is text (`encode_special_tokens`), because a passage must not steer the model.
 - Pairs and logits: FlagEmbedding 1.4.2, `FlagReranker` and `FlagLLMReranker` (with transformers 4, where pairs are
   put together from ids; its fallback for transformers 5 decodes the ids and tokenises once more, which changes them).
-  qwen3: the code of Qwen3-Reranker's model card. qwen2: mxbai_rerank 0.1.6. zerank: sentence-transformers 6.2, which
-  renders the chat template, cuts its end and puts the template's last tokens back. modernbert: pairs as FlagReranker.
+  qwen3: the code of Qwen3-Reranker's model card. qwen2: mxbai_rerank 0.1.6. zerank: zerank-1-small's own
+  modeling_zeranker.py, cut as sentence-transformers 6.2 does, which puts the chat template's last tokens back over the
+  end of what it cut. modernbert: pairs as FlagReranker.
 - Models: transformers, float32, eager attention, one pair at a time, so that neither padding nor the order matters.
 """
 from __future__ import annotations
@@ -269,8 +270,9 @@ def qwen3(directory: Path) -> None:
     make_qwen3(directory)
     encode, template = bpe_encode(directory)
     prefix = template(
-        '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct '
-        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n')
+        '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and '
+        'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        '<|im_start|>user\n')
     suffix = template("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     task = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -294,12 +296,12 @@ def qwen2(directory: Path) -> None:
     make_qwen2(directory)
     encode, template = bpe_encode(directory)
     sep = template("\n")
-    prefix = template("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>"
-                      "\n<|im_start|>user\n")
+    prefix = template("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+                      "You are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
     task = template(
-        "You are a search relevance expert who evaluates how well documents match search queries. For each "
-        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
-        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:")
+        "You are a search relevance expert who evaluates how well documents match search queries. For "
+        "each query-document pair, carefully analyze the semantic relationship between them, then provide "
+        "your binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:")
     suffix = template("<|im_end|>\n<|im_start|>assistant\n")
 
     def build(query: str, passage: str, max_length: int) -> list[int]:
@@ -326,7 +328,8 @@ def zerank(directory: Path) -> None:
     suffix = template("<|im_end|>\n<|im_start|>assistant\n")
 
     def build(query: str, passage: str, max_length: int) -> list[int]:
-        rendered = [*start, *encode(f"system\n{query}"), *middle, *encode(f"user\n{passage}")]
+        asked, told = encode(f"system\n{query.strip()}"), encode(f"user\n{passage.strip()}")
+        rendered = [*start, *asked, *middle, *told]
         return rendered[:max(0, max_length - len(suffix))] + suffix
 
     yes = template("Yes")[0]
@@ -335,7 +338,7 @@ def zerank(directory: Path) -> None:
     def score(ids: list[int], _pair: ScoredPair) -> float:
         return float(model(input_ids=torch.tensor([ids])).logits[0, -1, yes]) / 5.0
 
-    write_golden("zerank", lambda text: encode(f"user\n{text}")[1:], build, 32768, score,
+    write_golden("zerank", lambda text: encode(f"user\n{text.strip()}")[1:], build, 32768, score,
                  ids_after_passage=len(suffix))
 
 

@@ -38,12 +38,15 @@ QWEN_SPLIT = (  # the pre-tokenizer of Qwen2's and Qwen3's tokenizer.json
 )
 # What the prompts of the models are made of, so that they are a few tokens here as well, and each answer is one.
 PROMPT_LINES = [
-    "system\nuser\nassistant\n\n<Instruct>: Given a web search query, retrieve relevant passages that answer the query",
+    "system\nuser\nassistant\n\n<Instruct>: Given a web search query, retrieve relevant passages that "
+    "answer the query",
     "\n<Query>: \n<Document>: yes no Yes No 1 0\nyes\nno\nYes\nNo\nquery: document: instruction: Relevance:",
-    'Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer '
-    'can only be "yes" or "no". You are Qwen, created by Alibaba Cloud. You are a helpful assistant.',
-    "You are a search relevance expert who evaluates how well documents match search queries. For each query-document "
-    "pair, carefully analyze the semantic relationship between them, then provide your binary relevance judgment",
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no". '
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "You are a search relevance expert who evaluates how well documents match search queries. For "
+    "each query-document pair, carefully analyze the semantic relationship between them, then provide "
+    "your binary relevance judgment",
 ]
 
 
