@@ -1861,6 +1861,8 @@ class GgufReader:
         return self.scalar(_GGUF_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> Any:
+        if kind == _GGUF_STRING and count == 2:  # the labels of a Qwen3-Reranker
+            return [self.string(), self.string()]
         if kind == _GGUF_STRING:
             for _ in range(count):
                 self.at += 8 + struct.unpack_from("<Q", self._data, self.at)[0]
@@ -2053,7 +2055,7 @@ def _doubt_of(gguf: GgufFile, kind: str) -> str:
     """A file takes a role by itself only when something in it says that it is a reranker."""
     named = [str(gguf.metadata.get(f"general.{key}", "")) for key in ("name", "basename")]
     is_named = kind == CROSS_ENCODER and "rerank" in " ".join(named).lower()
-    if "rerank.kind" in gguf.metadata or is_named:
+    if is_named or {"rerank.kind", _TEMPLATE} & gguf.metadata.keys():
         return ""
     return "nothing in it says that it is a reranker"
 
