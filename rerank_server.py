@@ -479,7 +479,7 @@ def segments_of(path: str) -> list[str]:
 @dataclass(frozen=True)
 class Cut:
     """How texts are shortened, in tokens; None: no limit of the request's own. keep_end: of a
-    passage. max_windows, overlap: of CHUNK."""
+    passage. max_windows, overlap: of CHUNK. instruction: for a prompt that has a place for it."""
 
     max_length: int | None = None
     max_query: int | None = None
@@ -487,6 +487,7 @@ class Cut:
     keep_end: bool = False
     max_windows: int | None = None
     overlap: int | None = None
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -766,6 +767,7 @@ FIELDS = (  # what each does is said in docs/openapi.py
     Field("raw_scores", _BOOLEAN),
     Field("min_score", _FLOAT, is_own=True),
     Field("ids", read_ids, is_own=True),
+    Field("instruction", _text_of),
     Field("truncate_prompt_tokens", _LENGTH_OR_ALL, "max_length"),
     Field("max_length", _LENGTH, is_own=True),
     Field("max_tokens_per_query", _LIMIT, "max_query"),
@@ -913,7 +915,7 @@ class Frame:
 class Pairs:
     """Any thread."""
 
-    query_prefix = passage_prefix = ""
+    passage_prefix = ""
     _prefix_ids: tuple[int, ...] = ()  # passage_prefix's, without a space that may be the passage's
 
     def __init__(self, tokenize: Tokenizer, max_length: int) -> None:
@@ -921,22 +923,23 @@ class Pairs:
         self.longest = max_length  # tokens of the longest pair that is made
 
     def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
-        frame, pairs = self._frame(query, cut), []
+        frame, pairs = self._frame_for(query, cut), []
+        room = max(0, min(frame.room, cut.max_passage or MANY))
         for passage in passages:
-            ids = self._tokenize(self.passage_prefix + passage)
-            kept = ids[: frame.room]
-            if cut.keep_end and len(ids) > frame.room:
+            ids = self._passage_ids(passage)
+            kept = ids[:room]
+            if cut.keep_end and len(ids) > room:
                 prefix, rest = self._split_prefix(ids)
-                kept = [*prefix, *rest[len(rest) - max(0, frame.room - len(prefix)) :]]
+                kept = [*prefix, *rest[len(rest) - max(0, room - len(prefix)) :]]
             pairs.append(frame.pair(kept, len(ids) - len(kept)))
         return pairs
 
     def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
-        """Overlapping windows (by a quarter, unless the cut says more) that together hold all of
-        the passage, unless there may be only so many."""
-        frame = self._frame(query, cut)
-        ids = self._tokenize(self.passage_prefix + passage)
-        prefix, rest = self._split_prefix(ids[: cut.max_passage])
+        """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
+        which together hold all of it, unless there may be only so many."""
+        frame = self._frame_for(query, cut)
+        ids = self._passage_ids(passage)
+        prefix, rest = self._split_prefix(ids[: cut.max_passage or len(ids)])
         size = max(1, frame.room - len(prefix))
         overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
         starts = range(0, max(1, len(rest) - overlap), size - overlap)[: cut.max_windows]
@@ -944,7 +947,7 @@ class Pairs:
         return [frame.pair([*prefix, *rest[at : at + size]], n_dropped) for at in starts]
 
     def room(self, query: str, cut: Cut = Cut()) -> int:
-        return self._frame(query, cut).room
+        return max(0, min(self._frame_for(query, cut).room, cut.max_passage or MANY))
 
     def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
         """How much of the passage's start (or end) so many tokens are, to within a word. Searched
@@ -952,27 +955,27 @@ class Pairs:
 
         def n_tokens_of(n: int) -> int:
             part = passage[len(passage) - n :] if keep_end else passage[:n]
-            return len(self._tokenize(self.passage_prefix + part))
+            return len(self._passage_ids(part))
 
-        return bisect.bisect_right(range(len(passage) + 1), n_tokens, key=n_tokens_of) - 1
+        near = max(1, n_tokens)
+        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest stays text
+            near *= 2
+        lengths = range(min(near, len(passage)) + 1)
+        return bisect.bisect_right(lengths, n_tokens, key=n_tokens_of) - 1
+
+    def _passage_ids(self, passage: str) -> list[int]:
+        return self._tokenize(self.passage_prefix + passage)
 
     def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """What every window keeps, and the rest."""
         n = len(self._prefix_ids)
         return (ids[:n], ids[n:]) if tuple(ids[:n]) == self._prefix_ids else ([], ids)
 
-    def _frame(self, query: str, cut: Cut) -> Frame:
-        max_length = min(cut.max_length or MANY, self._max_length)
-        ids = self._tokenize(self.query_prefix + query)
-        kept = ids[: min(cut.max_query or MANY, self._query_room(max_length))]
-        frame = self._frame_of(kept, max_length)
-        room = max(0, min(frame.room, cut.max_passage or MANY))
-        return dataclasses.replace(frame, room=room, n_dropped=len(ids) - len(kept))
+    def _frame_for(self, query: str, cut: Cut) -> Frame:
+        max_length = min(cut.max_length or self._max_length, self._max_length)
+        return self._frame(query, max_length, cut)
 
-    def _query_room(self, max_length: int) -> int:
-        return max_length * 3 // 4
-
-    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
+    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
         raise NotImplementedError
 
 
@@ -988,14 +991,24 @@ class CrossEncoderPairs(Pairs):
         super().__init__(tokenize, max_length)
         self._first, self._separators, self._last = first, separators, last
 
-    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
-        head = (self._first, *query, *self._separators)
-        return Frame(head, (self._last,), max_length - len(head) - 1)
+    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
+        ids, kept = self._tokenize(query), min(cut.max_query or MANY, max_length * 3 // 4)
+        head = (self._first, *ids[:kept], *self._separators)
+        room = max(0, max_length - len(head) - 1)
+        return Frame(head, (self._last,), room, max(0, len(ids) - kept))
+
+
+FLAG, MXBAI, WHOLE = "flag", "mxbai", "whole"
 
 
 @dataclass(frozen=True)
 class PromptParts:
-    """What bge-reranker-v2-gemma was trained with (FlagLLMReranker)."""
+    """What a language model is asked (convert/recipe.py). The defaults are FlagEmbedding 1.4.2's,
+    FlagLLMReranker: what bge-reranker-v2-gemma was trained with.
+
+    tail: in place of separator and prompt. truncation: what max_length does not count while query
+    and passage are cut: the tail (FLAG), the head (MXBAI), nothing (WHOLE: one text, from its end).
+    """
 
     query_prefix: str = "A: "
     passage_prefix: str = "B: "
@@ -1004,27 +1017,60 @@ class PromptParts:
         "Given a query A and a passage B, determine whether the passage contains an answer to the "
         "query by providing a prediction of either 'Yes' or 'No'."
     )
+    head: str = ""
+    instructed_query_prefix: str = ""
+    query_suffix: str = ""
+    tail: str = ""
+    truncation: str = FLAG
+    strip: bool = False
+
+
+NO_PARTS = PromptParts("", "", "", "")
 
 
 class PromptPairs(Pairs):
-    """`<bos> "A: " query "\\n" "B: " passage "\\n" prompt`, each part tokenised on its own. As in
-    FlagLLMReranker, what stands before the last separator is cut to max_length + len(separator) +
-    len(prompt) tokens."""
+    """`bos head | query | separator | passage | tail`, each tokenised on its own. Special tokens
+    are read only where no user writes, by `template`. The tail is always whole; what comes before
+    the passage is the same for all passages."""
 
     def __init__(
-        self, tokenize: Tokenizer, bos: int, parts: PromptParts, max_length: int
+        self, tokenize: Tokenizer, bos: int | None, parts: PromptParts, max_length: int,
+        template: Tokenizer | None = None,
     ) -> None:
         super().__init__(tokenize, max_length)
-        self.query_prefix, self.passage_prefix = parts.query_prefix, parts.passage_prefix
-        self._prefix_ids = tuple(tokenize(parts.passage_prefix.rstrip()))
-        self._bos, self._separator = bos, tuple(tokenize(parts.separator))
-        self._tail = self._separator + tuple(tokenize(parts.prompt))
-        self.longest = max_length + 2 * len(self._tail)
+        template = template or tokenize
+        self._parts, self.passage_prefix = parts, parts.passage_prefix
+        # Its space belongs to the passage's first word.
+        self._prefix_ids = tuple(tokenize(parts.passage_prefix.rstrip(" ")))
+        self._head = (*(() if bos is None else (bos,)), *template(parts.head))
+        self._separator = tuple(template(parts.separator))
+        self._suffix = tokenize(parts.query_suffix)
+        tail = template(parts.tail) or (*self._separator, *template(parts.prompt))
+        self._tail, self._is_whole = tuple(tail), parts.truncation == WHOLE
+        free = {FLAG: len(tail), MXBAI: len(self._head), WHOLE: -len(tail)}
+        self._free = free[parts.truncation]
+        self.longest = max(0, max_length + self._free) + len(tail)
 
-    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
-        head = (self._bos, *query, *self._separator)
-        room = min(max_length, max_length + len(self._tail) - len(head))
-        return Frame(head, self._tail, room, n_shared=len(head))
+    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
+        limit, prefix = max(0, max_length + self._free), self._parts.query_prefix
+        if cut.instruction:
+            prefix = self._parts.instructed_query_prefix.replace("{instruction}", cut.instruction)
+        given = self._tokenize(prefix + self._stripped(query) + self._parts.query_suffix)
+        kept = max(0, limit - len(self._head)) if self._is_whole else max_length * 3 // 4
+        ids = given[:kept]
+        if cut.max_query:
+            most = cut.max_query + len(self._tokenize(prefix))
+            if len(given) > most + len(self._suffix):
+                ids = [*given[:most], *self._suffix][:kept]
+        head = (*self._head, *ids, *self._separator)[:limit]
+        room, n_dropped = min(max_length, limit - len(head)), len(given) - len(ids)
+        return Frame(head, self._tail, room, n_dropped, n_shared=len(head))
+
+    def _passage_ids(self, passage: str) -> list[int]:
+        return super()._passage_ids(self._stripped(passage))
+
+    def _stripped(self, text: str) -> str:
+        return text.strip() if self._parts.strip else text
 
 
 class TextPairs(Pairs):
@@ -1034,12 +1080,11 @@ class TextPairs(Pairs):
         super().__init__(tokenize, max_length)
         self._first, self._last = first, last
 
-    def _query_room(self, max_length: int) -> int:
-        return max_length - 2
-
-    def _frame_of(self, query: Sequence[int], max_length: int) -> Frame:
-        query_ids = (self._first, *query, self._last)
-        return Frame((self._first,), (self._last,), max_length - 2, query_ids=query_ids)
+    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
+        ids, room = self._tokenize(query), max_length - 2
+        kept = min(room, cut.max_query or MANY)
+        query_ids = (self._first, *ids[:kept], self._last)
+        return Frame((self._first,), (self._last,), room, max(0, len(ids) - kept), query_ids)
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
@@ -1068,17 +1113,20 @@ def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
 
 
 class VocabTokenizer:
-    """llama.cpp's own: XLM-R's unigram and Gemma's SentencePiece BPE are exact in it."""
+    """llama.cpp's own: XLM-R's unigram and BPE are exact in it, but for a normalisation that it
+    leaves out (is_nfc). The pairs bring their own specials, and `</s>` inside a text is text,
+    unless the text is the file's own (reads_special). Any thread."""
 
-    def __init__(self, vocab: Any) -> None:
+    def __init__(self, vocab: Any, is_nfc: bool = False, reads_special: bool = False) -> None:
         self._vocab, self._native = vocab, llama().llama_tokenize
+        self._is_nfc, self._reads_special = is_nfc, reads_special
 
     def __call__(self, text: str) -> list[int]:
-        raw = text.encode("utf-8")
+        raw = (unicodedata.normalize("NFC", text) if self._is_nfc else text).encode("utf-8")
         count = -len(raw) - 16  # about an id for each byte at most; else it says how many
         for _ in range(2):
-            buffer = (ctypes.c_int32 * -count)()
-            count = self._native(self._vocab, raw, len(raw), buffer, -count, False, False)
+            buffer, special = (ctypes.c_int32 * -count)(), self._reads_special
+            count = self._native(self._vocab, raw, len(raw), buffer, -count, False, special)
             if count >= 0:
                 return list(buffer[:count])
         raise EngineError("the tokenizer failed")
@@ -1678,6 +1726,8 @@ class GgufReader:
         return self.scalar(_GGUF_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> Any:
+        if kind == _GGUF_STRING and count == 2:  # the labels of a Qwen3-Reranker
+            return [self.string(), self.string()]
         if kind == _GGUF_STRING:
             for _ in range(count):
                 self.at += 8 + struct.unpack_from("<Q", self._data, self.at)[0]
@@ -1799,7 +1849,10 @@ class ModelDescription:
     max_tokens: int
     source: str = ""
     token_types: int = 1
-    prompt: PromptParts = PromptParts()
+    prompt: PromptParts = NO_PARTS
+    words: tuple[int, ...] = ()  # whose logits count: of "yes" and, less that, of "no"
+    logit_scale: float = 1.0
+    is_nfc: bool = False  # its tokenizer reads text in this normal form
     cosine_scale: float = 1.0
     cosine_bias: float = 0.0
     overlap_scale: float = 0.0
@@ -1826,8 +1879,7 @@ def describe(gguf: GgufFile) -> ModelDescription:
     kind = gguf.get("rerank.kind", "") or _infer_kind(gguf, architecture)
     if kind not in _DESCRIBE:
         raise gguf.refusal(f"rerank.kind is {kind!r}, which this version does not know")
-    expected = "gemma" if kind == YES_LOGIT else "bert"
-    if architecture != expected:
+    if architecture not in _ARCHITECTURES[kind]:
         raise gguf.refusal(f"architecture {architecture!r} does not fit {kind}")
     context = gguf.require(f"{architecture}.context_length", int)
     max_tokens = gguf.get("rerank.max_tokens", context)
@@ -1840,12 +1892,20 @@ def describe(gguf: GgufFile) -> ModelDescription:
         "source": gguf.get("rerank.source", gguf.get("general.name", "")),
         "is_quantized": not _layer_types(gguf) & _FLOAT_TYPES,
         "is_exact": _layer_types(gguf) <= _FLOAT_TYPES | {_Q8_0}, "doubt": _doubt_of(gguf, kind),
+        "is_nfc": gguf.metadata.get("tokenizer.ggml.model") == "gpt2",
     }
     return ModelDescription(**common, **_DESCRIBE[kind](gguf))
 
 
+_ARCHITECTURES = {CROSS_ENCODER: ("bert", "modern-bert"), BI_ENCODER: ("bert",),
+                  YES_LOGIT: ("gemma", "qwen2", "qwen3")}
+_TEMPLATE = "tokenizer.chat_template.rerank"  # of Qwen3-Reranker, by llama.cpp's own converter
+
+
 def _infer_kind(gguf: GgufFile, architecture: str) -> str:
     """A file that this project did not convert: what can it be used for?"""
+    if architecture == "qwen3" and _TEMPLATE in gguf.metadata:
+        return YES_LOGIT
     if architecture == "gemma":
         if "tokenizer.chat_template" in gguf.metadata:
             raise gguf.refusal("a chat model, not a reranker", "gemma")
@@ -1862,7 +1922,7 @@ def _doubt_of(gguf: GgufFile, kind: str) -> str:
     """A file takes a role by itself only when something in it says that it is a reranker."""
     named = [str(gguf.metadata.get(f"general.{key}", "")) for key in ("name", "basename")]
     is_named = kind == CROSS_ENCODER and "rerank" in " ".join(named).lower()
-    if "rerank.kind" in gguf.metadata or is_named:
+    if is_named or {"rerank.kind", _TEMPLATE} & gguf.metadata.keys():
         return ""
     return "nothing in it says that it is a reranker"
 
@@ -1883,6 +1943,8 @@ def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
         raise gguf.refusal("the head's first layer (cls.weight) is missing: scores would be wrong")
     if tokenizer == "t5":
         return _describe_xlm_roberta(gguf)
+    if "modern-bert.classifier.pooling_type" in gguf.metadata:
+        return {}
     if tokenizer != "bert":
         raise gguf.refusal(f"tokenizer {tokenizer!r} is not known for a cross-encoder")
     types = gguf.tensors.get("token_types.weight")
@@ -1911,12 +1973,34 @@ def _describe_word_piece(gguf: GgufFile) -> dict[str, Any]:
 
 
 def _describe_yes_logit(gguf: GgufFile) -> dict[str, Any]:
-    default = PromptParts()
+    if "rerank.kind" not in gguf.metadata and _TEMPLATE in gguf.metadata:
+        return {"prompt": _foreign_prompt(gguf)}
+    is_gemma = gguf.metadata["general.architecture"] == "gemma"
+    default = PromptParts() if is_gemma else NO_PARTS
     names = [field.name for field in dataclasses.fields(PromptParts)]
     parts = {name: gguf.get(f"rerank.{name}", getattr(default, name)) for name in names}
-    key = "tokenizer.ggml.add_space_prefix"  # llama.cpp's default is true, Gemma has none
-    fixes = () if gguf.metadata.get(key) is False else (key,)
-    return {"prompt": PromptParts(**parts), "fixes": fixes}
+    prompt = PromptParts(**parts)
+    if is_gemma:
+        key = "tokenizer.ggml.add_space_prefix"  # llama.cpp's default is true, Gemma has none
+        return {"prompt": prompt, "fixes": () if gguf.metadata.get(key) is False else (key,)}
+    if not prompt.tail or prompt.truncation not in (MXBAI, WHOLE):
+        raise gguf.refusal("it does not say what the model is asked")
+    keys = ["rerank.yes_token_id", *({"rerank.no_token_id"} & gguf.metadata.keys())]
+    words = tuple(gguf.require(key, int) for key in keys)
+    return {"prompt": prompt, "words": words, "logit_scale": gguf.get("rerank.logit_scale", 1.0)}
+
+
+def _foreign_prompt(gguf: GgufFile) -> PromptParts:
+    """One text with {query} and {document}, cut up as split_template of convert/recipe.py does."""
+    found = re.fullmatch(
+        r"(.*<\|\w+\|>)([^{}]*)\{query\}([^{}|]*\S)(\s*)\{document\}(<\|.*)",
+        gguf.require(_TEMPLATE, str), re.DOTALL,
+    )
+    answers = gguf.metadata.get("qwen3.classifier.output_labels")
+    if not found or answers != ["yes", "no"] or "cls.output.weight" not in gguf.tensors:
+        raise gguf.refusal("not a Qwen3-Reranker as llama.cpp's converter makes it")
+    head, prefix, suffix, passage_prefix, tail = found.groups()
+    return PromptParts(prefix, passage_prefix, "", "", head, "", suffix, tail, WHOLE)
 
 
 def _describe_bi_encoder(gguf: GgufFile) -> dict[str, Any]:
@@ -2392,6 +2476,10 @@ def _cross_encoder_pairs(model: LlamaModel) -> CrossEncoderPairs:
     if llama().llama_vocab_type(model.vocab) == llama().LLAMA_VOCAB_TYPE_WPM:
         first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
         return CrossEncoderPairs(_word_piece(model), first, [last], last, model.limit)
+    if model.description.is_nfc:  # ModernBERT
+        first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
+        tokenizer = VocabTokenizer(model.vocab, is_nfc=True)
+        return CrossEncoderPairs(tokenizer, first, [last], last, model.limit)
     first, last = model.special("bos", "<s>"), model.special("eos", "</s>")
     tokenizer = XlmRobertaTokenizer(model.vocab)
     return CrossEncoderPairs(tokenizer, first, [last, last], last, model.limit)
@@ -2455,39 +2543,49 @@ def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> Flo
 
 
 class YesLogitEngine(Engine):
-    """bge-reranker-v2-gemma: the logit of "Yes" after the prompt. The logit of "No" plays no
-    part."""
+    """A language model that is asked whether the passage answers the query: the logit of its word
+    for yes after the prompt, less that of its word for no where that counts."""
 
     def __init__(self, model: LlamaModel) -> None:
         super().__init__(model)
-        tokenizer, ubatch = VocabTokenizer(model.vocab), model.tuning.ubatch
-        bos = model.special("bos", "<bos>")
-        self.pairs = PromptPairs(tokenizer, bos, self.description.prompt, model.limit)
-        self._yes = _yes_token(model.gguf, tokenizer)
+        about, ubatch = self.description, model.tuning.ubatch
+        is_gemma = about.architecture == "gemma"
+        tokenizer = VocabTokenizer(model.vocab, about.is_nfc)
+        template = VocabTokenizer(model.vocab, reads_special=True)
+        bos = model.special("bos", "<bos>") if is_gemma else None
+        self.pairs = PromptPairs(tokenizer, bos, about.prompt, model.limit, template)
+        self._words = (_yes_token(model.gguf, tokenizer),) if is_gemma else about.words
+        if max(self._words, default=0) >= model.n_vocab:
+            raise model.gguf.refusal("its yes_token_id or no_token_id is no token")
         # No pair is shorter than its prompt: fewer sequences, fewer logits kept.
         (shortest,) = self.pairs.make("", [""])
         self.max_sequences = min(MAX_SEQUENCES, max(1, ubatch // shortest.n_new))
         self._n_ctx = self.pairs.longest + ubatch  # the prefix, and a batch of what follows it
-        pooling = llama().LLAMA_POOLING_TYPE_UNSPECIFIED
-        model.open_context(ubatch, self._n_ctx, self.max_sequences + 1, pooling)
+        pooling = "UNSPECIFIED" if self._words else "RANK"  # llama.cpp's own head
+        pooling_type = getattr(llama(), f"LLAMA_POOLING_TYPE_{pooling}")
+        model.open_context(ubatch, self._n_ctx, self.max_sequences + 1, pooling_type)
         self._memory = llama().llama_get_memory(model.context)
         self._prefix: tuple[int, ...] = ()  # what sequence 0 of the KV cache holds
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score. The prefix `<bos> A: query \\n` is computed once for all decodes in a
-        row that begin with it."""
+        """See Engine.score. What comes before the passage is computed once for all decodes in a row
+        that begin with it."""
         if len(pairs) > self.max_sequences or len({pair.prefix for pair in pairs}) != 1:
             raise EngineError(f"{len(pairs)} pairs cannot be decoded together")
         self._hold(pairs[0].prefix)
-        api = llama()
+        api, start = llama(), len(self._prefix)
         new_ids = [pair.ids[pair.n_shared :] for pair in pairs]
-        batch = Batch(new_ids, len(self._prefix), first_sequence=1)
         sequences = range(1, len(pairs) + 1)
         for sequence in sequences:  # marks the prefix's cells, copies nothing
             api.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         try:
+            # Attention of fewer than 64 tokens is summed in float16: a long pair ends in one piece.
+            if (early := len(new_ids[0]) - self.max_batch_tokens) > 0:
+                self._decode(Batch([new_ids[0][:early]], start, 1), slice(0))
+                new_ids, start = [new_ids[0][early:]], start + early
+            batch = Batch(new_ids, start, first_sequence=1)
             self._decode(batch, batch.ends)
-            return [self._yes_logit(int(end)) for end in batch.ends]
+            return [self._logit(*row) for row in zip(sequences, batch.ends.tolist(), strict=True)]
         finally:
             for sequence in sequences:
                 api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
@@ -2504,16 +2602,26 @@ class YesLogitEngine(Engine):
     def _decode(self, batch: Batch, output: slice | npt.NDArray[np.int64]) -> None:
         if not 0 < batch.n_tokens <= self._n_ctx - len(self._prefix):
             raise EngineError(f"a batch of {batch.n_tokens} tokens cannot be decoded")
+        output = output if self._words else slice(None)  # pooling reads every token's
         status = llama().llama_decode(self._model.context, batch.native(output))
         if status != 0:
             what = f"{batch.n_tokens} tokens (status {status})"
             raise EngineError(f"llama.cpp failed to decode {what}")
 
-    def _yes_logit(self, index: int) -> float:
-        logits = llama().llama_get_logits_ith(self._model.context, index)
-        if not logits:
+    def _logit(self, sequence: int, end: int) -> float:
+        """end: the sequence's last token in its batch. llama.cpp's head for Qwen3-Reranker gives
+        softmax of both words' logits, and the logarithm of their ratio is the difference."""
+        api, context = llama(), self._model.context
+        if self._words:
+            values, words = api.llama_get_logits_ith(context, end), self._words
+        else:
+            values, words = api.llama_get_embeddings_seq(context, sequence), (0, 1)
+        if not values:
             raise EngineError("llama.cpp returned no logits")
-        return float(logits[self._yes])
+        read = [values[word] for word in words]
+        if not self._words:
+            read = [math.log(share) if share else -math.inf for share in read]
+        return float(self.description.logit_scale * (read[0] - sum(read[1:])))
 
 
 def _yes_token(gguf: GgufFile, tokenize: Tokenizer) -> int:
@@ -3370,6 +3478,9 @@ class Application:
         call.request = request
         call.timeout_s = min(call.timeout_s, request.timeout_s, self._settings.max_timeout_s)
         role = self._roles.select(request, self._settings.strict_model)
+        if request.cut.instruction and not role.description.prompt.instructed_query_prefix:
+            message = f"{role.description.name} takes no 'instruction'"
+            raise BadRequestError(message, "instruction")
         self.metrics.replaced_passages.labels(role.name).inc(len(request.replaced))
         if role is not self._roles.m3 and request.llm_top_n is not None:
             return self._rank_in_two_stages(request, request.llm_top_n, role, call)

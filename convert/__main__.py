@@ -1,8 +1,9 @@
 """python -m convert SOURCE [--quant NAME ...] [--out DIR] [--revision SHA] [--keep-f16]
 
-SOURCE is m3, gemma, mini, a Hub id, or a checkpoint directory. Each file is written as NAME.part, reopened, checked,
-scored by the server's own code beside the F16 file, and only then gets its name. Exit status: 0 done, 1 a file failed,
-2 nothing was tried (no checkpoint and no network, an unsupported architecture, bad usage).
+SOURCE is a name (m3, gemma, mini, qwen3-0.6b ...), a Hub id, or a checkpoint directory. Each file is
+written as NAME.part, reopened, checked, scored by the server's own code beside the F16 file, and only
+then gets its name. Exit status: 0 done, 1 a file failed, 2 nothing was tried (no checkpoint and no
+network, an unsupported architecture, bad usage).
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def convert(arguments: argparse.Namespace) -> int:
     output = Output(arguments.out, name)
     with output.opened():
         _check_disk_space(arguments.out, job, quantizations)
-        base = write_base(job, output, source in models.NAMED.values())
+        is_known = source in models.NAMED.values() and source.is_pinned
+        base = write_base(job, output, is_known)
         # F16 comes last: its .part is what the others are made from, until it gets its name
         made: dict[Quantization, Report] = {}
         for quantization in sorted(quantizations, key=lambda quantization: quantization is F16):
@@ -140,7 +142,7 @@ def choose_one(output: Output, made: dict[Quantization, Report], default: Quanti
 def write_base(job: Job, output: Output, named: bool) -> Scored:
     """The F16 file, from which all others are made and against which they are measured.
 
-    named: one of the models that this project knows, which is known to tell relevant passages from irrelevant ones.
+    named: weights that this project knows, which are known to tell relevant passages from irrelevant ones.
     """
     part = output.part(F16)
     job.write(part, half=True)
@@ -204,7 +206,8 @@ def _parts(arguments: argparse.Namespace) -> PromptParts:
 def _parser() -> argparse.ArgumentParser:
     refused = ", ".join(REFUSED)
     parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face checkpoint -> verified GGUF.")
-    parser.add_argument("source", metavar="SOURCE", help="m3, gemma, mini, a Hub id, or a checkpoint directory")
+    sources = f"{', '.join(models.NAMED)}, a Hub id, or a checkpoint directory"
+    parser.add_argument("source", metavar="SOURCE", help=sources)
     parser.add_argument(
         "--quant", nargs="+", metavar="NAME", action="extend",
         help=f"{' '.join(QUANTIZATIONS)} (without it: {_defaults()}; refused: {refused})",

@@ -21,6 +21,8 @@ CHECKPOINT_FILES = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model", "sentence_bert_config.json",
     "1_Pooling/config.json", "added_tokens.json",
+    "modules.json", "1_LogitScore/config.json", "chat_template.jinja",
+    "additional_chat_templates/reranker.jinja",
 )  # fmt: skip
 HUB_TIMEOUT_S = 20
 _SHA = re.compile(r"[0-9a-f]{40}")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .added import found_in_texts
 from .checkpoint import Checkpoint
-from .models import Architecture
+from .models import YES_LOGIT, Architecture
+from .recipe import find_recipe
 from .reference import GEMMA_PARTS, PromptParts, ReferencePairs
 from .samples import SAMPLES, Sample, samples_with
 from .tensors import Tensor, find_architecture, plan
@@ -33,8 +34,10 @@ class Job:
         architecture = find_architecture(checkpoint)
         tensors, vocabulary = plan(checkpoint, architecture), read_vocabulary(checkpoint, architecture)
         source = source or directory.resolve().name
-        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision, parts)
-        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"], parts)
+        is_asked = architecture.kind == YES_LOGIT and architecture.gguf != "gemma"
+        recipe = find_recipe(checkpoint, source, vocabulary) if is_asked else None
+        metadata = model_metadata(checkpoint, architecture, vocabulary, source, revision, parts, recipe)
+        pairs = ReferencePairs(checkpoint, architecture, vocabulary, metadata["rerank.max_tokens"], parts, recipe)
         samples = samples_with(found_in_texts(vocabulary))
         return Job(checkpoint, architecture, tensors, metadata, pairs, samples)
 

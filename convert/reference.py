@@ -4,6 +4,7 @@ extra) its logit, by transformers. Written apart from the server's code, so that
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .bpe import is_control
 from .checkpoint import Checkpoint
 from .errors import CannotStartError, ConvertError
 from .models import BI_ENCODER, MINI_COSINE_BIAS, MINI_COSINE_SCALE, MINI_OVERLAP_SCALE, YES_LOGIT, Architecture
+from .recipe import MXBAI, SPECIAL, Recipe
 from .vocab import Vocabulary, bert_normalization, read_sentencepiece
 
 MAX_LENGTH_TOKENS = 512  # of rerank.check_ids
@@ -63,24 +66,28 @@ def check_pooling(checkpoint: Checkpoint) -> None:
 
 
 class ReferencePairs:
-    """Token ids of pairs as FlagEmbedding 1.4.2 (cross-encoders, yes-logit) and sentence-transformers build them."""
+    """Token ids of pairs as FlagEmbedding 1.4.2 (cross-encoders, gemma), a recipe's own reference, or
+    sentence-transformers (bi-encoders) build them."""
 
     def __init__(
         self, checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, longest: int,
-        parts: PromptParts = GEMMA_PARTS,
+        parts: PromptParts = GEMMA_PARTS, recipe: Recipe | None = None,
     ) -> None:
         """longest: tokens that the model takes. Raises ConvertError when the tokenizer cannot be opened."""
-        self._parts = parts
+        self._parts, self.recipe = parts, recipe
         self._kind, self._special, self._longest = architecture.kind, vocabulary.special, longest
         self._separators = 2 if architecture.tokenizer == "t5" else 1
+        self._tokens = vocabulary.tokens
         self.encode = _open_tokenizer(checkpoint, architecture)
 
     def ids(self, query: str, passage: str, max_length: int = MAX_LENGTH_TOKENS) -> list[int]:
         """The ids of a pair; of the passage alone for a bi-encoder."""
         limit = min(max_length, self._longest)
+        if self.recipe:
+            return self._recipe_ids(self.recipe, query, passage, limit)
         if self._kind == YES_LOGIT:
             return self._prompt_ids(query, passage, limit)
-        first = self._special.get("cls", self._special["bos"])
+        first = self._special["cls" if "cls" in self._special else "bos"]
         last = self._special.get("seperator", first)
         if self._kind == BI_ENCODER:
             return [first, *self.encode(passage)[: limit - 2], last]
@@ -102,10 +109,43 @@ class ReferencePairs:
         return [*head, *body[: max(len(separator), room)], *separator, *prompt]
 
 
+    def _recipe_ids(self, recipe: Recipe, query: str, passage: str, limit: int) -> list[int]:
+        if recipe.strip:
+            query, passage = query.strip(), passage.strip()
+        asked, told = recipe.query_prefix + query + recipe.query_suffix, recipe.passage_prefix + passage
+        head, tail = self._template_ids(recipe.head), self._template_ids(recipe.tail)
+        if recipe.truncation == MXBAI:  # prepare_inputs: cut to 3/4; then prepare_for_model(..., "only_second")
+            first = self.encode(asked)[: limit * 3 // 4]
+            second = self.encode(recipe.separator) + self.encode(told)[:limit]
+            return [*head, *first, *second[: max(0, limit - len(first))], *tail]
+        if recipe.separator:  # special tokens stand between the two, and the text after them belongs to the passage
+            cut = [match.end() for match in SPECIAL.finditer(recipe.separator)][-1]
+            body = [*self.encode(asked), *self._template_ids(recipe.separator[:cut])]
+            body += self.encode(recipe.separator[cut:] + told)
+        else:
+            body = self.encode(asked + told)
+        return [*[*head, *body][: max(0, limit - len(tail))], *tail]
+
+    def _template_ids(self, text: str) -> list[int]:
+        """The prompt's own text, in which special tokens are read."""
+        ids, start = [], 0
+        for match in SPECIAL.finditer(text):
+            ids += [*self.encode(text[start : match.start()]), self._special_id(match[0])]
+            start = match.end()
+        return ids + self.encode(text[start:])
+
+    def _special_id(self, token: str) -> int:
+        if token not in self._tokens:
+            raise ConvertError(f"the vocabulary has no {token}, which the prompt of this reranker holds")
+        return self._tokens.index(token)
+
+
 def _open_tokenizer(checkpoint: Checkpoint, architecture: Architecture) -> Encode:
     """text -> ids without specials: tokenizer.json as the reference reads it, else the file that it is made from."""
     directory = checkpoint.directory
     try:
+        if architecture.tokenizer == "gpt2":
+            return _careful(directory, _open_bpe(checkpoint))
         if (directory / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
@@ -150,6 +190,22 @@ def _try_in_child(path: str, changed_ns: int) -> None:
         raise ValueError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
 
 
+def _open_bpe(checkpoint: Checkpoint) -> Encode:
+    """As the reference reads tokenizer.json, but what looks like a control token inside a text is text."""
+    from tokenizers import Tokenizer
+
+    path = checkpoint.directory / "tokenizer.json"
+    _try_in_child(str(path), path.stat().st_mtime_ns)
+    content = checkpoint.json("tokenizer.json")
+    for added in content.get("added_tokens") or []:
+        added["special"] = is_control(added)
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
 def _open_vocab_txt(checkpoint: Checkpoint) -> Encode:
     from tokenizers.implementations import BertWordPieceTokenizer
 
@@ -192,16 +248,20 @@ def transformers_logits(
 def _head_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:
     ids = pairs.ids(query, passage)
     types = [0] * len(ids)
-    if model.config.type_vocab_size > 1:
+    if getattr(model.config, "type_vocab_size", 1) > 1:
         start = len(pairs.ids(query, "")) - 1
         types = [int(index >= start) for index in range(len(ids))]
-    output = model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]))
-    return float(output.logits[0, 0])
+    inputs = {"token_type_ids": torch.tensor([types])} if hasattr(model.config, "type_vocab_size") else {}
+    return float(model(input_ids=torch.tensor([ids]), **inputs).logits[0, 0])
 
 
 def _yes_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:
-    output = model(input_ids=torch.tensor([pairs.ids(query, passage)]))
-    return float(output.logits[0, -1, pairs.encode("Yes")[0]])
+    logits = model(input_ids=torch.tensor([pairs.ids(query, passage)])).logits[0, -1]
+    recipe = pairs.recipe
+    if recipe is None:
+        return float(logits[pairs.encode("Yes")[0]])
+    no = 0.0 if recipe.no is None else float(logits[pairs.encode(recipe.no)[0]])
+    return recipe.scale * (float(logits[pairs.encode(recipe.yes)[0]]) - no)
 
 
 def _cosine_logit(torch: Any, model: Any, pairs: ReferencePairs, query: str, passage: str) -> float:

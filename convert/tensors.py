@@ -185,6 +185,14 @@ def _check_heads(config: Config) -> None:
 
 def _head(config: Config, dense: str, output: str) -> Iterator[Tensor]:
     """One label: a relevance logit. llama.cpp's RANK pooling is cls (dense, tanh), then cls.output."""
+    _check_one_label(config)
+    hidden = config.integer("hidden_size")
+    yield from _with_bias("cls", dense, (hidden, hidden))
+    for tensor in _with_bias("cls.output", output, (1, hidden)):
+        yield Tensor(tensor.name, tensor.source, tensor.shape)  # a single row: float32 costs nothing
+
+
+def _check_one_label(config: Config) -> None:
     labels = config.values.get("id2label", {"0": ""})
     if not isinstance(labels, dict):
         raise ConvertError(f"{config.path}: id2label is {labels!r:.60}, expected an object of one label")
@@ -192,10 +200,6 @@ def _head(config: Config, dense: str, output: str) -> Iterator[Tensor]:
         raise ConvertError(f"{config.path}: id2label has {len(labels)} labels; a reranker has one, its relevance logit")
     if config.values.get("num_labels", 1) != 1:
         raise ConvertError(f"{config.path}: num_labels is {config.values['num_labels']!r:.60}, but id2label has one")
-    hidden = config.integer("hidden_size")
-    yield from _with_bias("cls", dense, (hidden, hidden))
-    for tensor in _with_bias("cls.output", output, (1, hidden)):
-        yield Tensor(tensor.name, tensor.source, tensor.shape)  # a single row: float32 costs nothing
 
 
 def _with_bias(name: str, source: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -213,13 +217,24 @@ def _map_gemma(config: Config, names: dict[str, str]) -> Mapping:
 
 def _decoder(config: Config) -> Iterator[Tensor]:
     _check_decoder(config)
+    hidden, matrices = config.integer("hidden_size"), _decoder_matrices(config)
+    yield Tensor("token_embd.weight", "model.embed_tokens.weight", (config.integer("vocab_size"), hidden), half=True)
+    for layer in range(config.integer("num_hidden_layers", high=MAX_LAYERS)):
+        source = f"model.layers.{layer}"
+        yield _gemma_norm(f"blk.{layer}.attn_norm", f"{source}.input_layernorm", hidden)
+        yield _gemma_norm(f"blk.{layer}.ffn_norm", f"{source}.post_attention_layernorm", hidden)
+        for name, (module, shape) in matrices.items():
+            yield Tensor(f"blk.{layer}.{name}.weight", f"{source}.{module}.weight", shape, half=True)
+    yield _gemma_norm("output_norm", "model.norm", hidden)
+
+
+def _decoder_matrices(config: Config) -> dict[str, tuple[str, tuple[int, int]]]:
+    """llama.cpp's name -> (the checkpoint's under model.layers.N., shape)."""
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
     heads = config.integer("num_attention_heads")
     queries = heads * head_dimension(config)
     keys = config.integer("num_key_value_heads", heads) * head_dimension(config)
-    vocabulary = (config.integer("vocab_size"), hidden)
-    yield Tensor("token_embd.weight", "model.embed_tokens.weight", vocabulary, half=True)
-    matrices = {
+    return {
         "attn_q": ("self_attn.q_proj", (queries, hidden)),
         "attn_k": ("self_attn.k_proj", (keys, hidden)),
         "attn_v": ("self_attn.v_proj", (keys, hidden)),
@@ -228,13 +243,6 @@ def _decoder(config: Config) -> Iterator[Tensor]:
         "ffn_up": ("mlp.up_proj", (inner, hidden)),
         "ffn_down": ("mlp.down_proj", (hidden, inner)),
     }
-    for layer in range(config.integer("num_hidden_layers", high=MAX_LAYERS)):
-        source = f"model.layers.{layer}"
-        yield _gemma_norm(f"blk.{layer}.attn_norm", f"{source}.input_layernorm", hidden)
-        yield _gemma_norm(f"blk.{layer}.ffn_norm", f"{source}.post_attention_layernorm", hidden)
-        for name, (module, shape) in matrices.items():
-            yield Tensor(f"blk.{layer}.{name}.weight", f"{source}.{module}.weight", shape, half=True)
-    yield _gemma_norm("output_norm", "model.norm", hidden)
 
 
 def _gemma_norm(name: str, source: str, hidden: int) -> Tensor:
@@ -267,10 +275,107 @@ def _check_tied(checkpoint: Checkpoint, names: dict[str, str]) -> None:
         raise ConvertError(f"{checkpoint.tensors[head].file}: tensor {head} is not tied to {table}: not a Gemma 1")
 
 
+# -- Qwen2 and Qwen3 ------------------------------------------------------------------------------------------------
+
+
+def _map_qwen2(config: Config, names: dict[str, str]) -> Mapping:
+    """Its attention has biases for queries, keys and values."""
+    config.expect("attention_bias", True)
+    heads = config.integer("num_attention_heads")
+    if head_dimension(config) * heads != config.integer("hidden_size"):
+        raise ConvertError(f"{config.path}: head_dim is not hidden_size / num_attention_heads, which Qwen2 is made of")
+    expected = [*_qwen(config)]
+    for layer in range(config.integer("num_hidden_layers")):
+        for name in ("attn_q", "attn_k", "attn_v"):
+            module, (n_out, _) = _decoder_matrices(config)[name]
+            expected.append(Tensor(f"blk.{layer}.{name}.bias", f"model.layers.{layer}.{module}.bias", (n_out,)))
+    return Mapping(expected, _ignored_of_qwen(config))
+
+
+def _map_qwen3(config: Config, names: dict[str, str]) -> Mapping:
+    """Its queries and keys are normalised, each head by itself."""
+    config.expect("attention_bias", False)
+    expected = [*_qwen(config)]
+    for layer in range(config.integer("num_hidden_layers")):
+        for letter in "qk":
+            source = f"model.layers.{layer}.self_attn.{letter}_norm.weight"
+            expected.append(Tensor(f"blk.{layer}.attn_{letter}_norm.weight", source, (head_dimension(config),)))
+    return Mapping(expected, _ignored_of_qwen(config))
+
+
+def _qwen(config: Config) -> Iterator[Tensor]:
+    config.expect("hidden_act", "silu")
+    config.expect("rope_scaling", None)
+    config.expect("use_sliding_window", False)
+    _check_heads(config)
+    hidden, matrices = config.integer("hidden_size"), _decoder_matrices(config)
+    vocabulary = (config.integer("vocab_size"), hidden)
+    yield Tensor("token_embd.weight", "model.embed_tokens.weight", vocabulary, half=True)
+    if not is_tied(config):
+        yield Tensor("output.weight", "lm_head.weight", vocabulary, half=True)
+    for layer in range(config.integer("num_hidden_layers", high=MAX_LAYERS)):
+        source = f"model.layers.{layer}"
+        yield Tensor(f"blk.{layer}.attn_norm.weight", f"{source}.input_layernorm.weight", (hidden,))
+        yield Tensor(f"blk.{layer}.ffn_norm.weight", f"{source}.post_attention_layernorm.weight", (hidden,))
+        for name, (module, shape) in matrices.items():
+            yield Tensor(f"blk.{layer}.{name}.weight", f"{source}.{module}.weight", shape, half=True)
+    yield Tensor("output_norm.weight", "model.norm.weight", (hidden,))
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the head is the embedding table; transformers then ignores an lm_head that the file holds."""
+    config.expect("tie_word_embeddings", False, True)
+    return config.values.get("tie_word_embeddings") is True
+
+
+def _ignored_of_qwen(config: Config) -> tuple[str, ...]:
+    rotary = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    return (rotary, r"lm_head\.weight") if is_tied(config) else (rotary,)
+
+
+# -- ModernBERT -----------------------------------------------------------------------------------------------------
+
+
+def _map_modern_bert(config: Config, names: dict[str, str]) -> Mapping:
+    """llama.cpp's graph has no biases but the classifier's, and GELU in its layers and its head (build_pooling)."""
+    for name in ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"):
+        config.expect(name, False)
+    for name in ("hidden_activation", "classifier_activation"):
+        config.expect(name, *GELU)
+    _check_heads(config)
+    _check_one_label(config)
+    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+    matrices = {
+        "attn_qkv": ("attn.Wqkv", (3 * hidden, hidden)),
+        "attn_output": ("attn.Wo", (hidden, hidden)),
+        "ffn_up": ("mlp.Wi", (2 * inner, hidden)),  # both halves of GeGLU, in llama.cpp's order
+        "ffn_down": ("mlp.Wo", (hidden, inner)),
+    }
+    table = (config.integer("vocab_size"), hidden)
+    expected = [Tensor("token_embd.weight", "model.embeddings.tok_embeddings.weight", table, half=True)]
+    expected.append(Tensor("token_embd_norm.weight", "model.embeddings.norm.weight", (hidden,)))
+    for layer in range(config.integer("num_hidden_layers", high=MAX_LAYERS)):
+        source = f"model.layers.{layer}"
+        if layer:  # the first layer's is the identity: the embeddings are normalised already
+            expected.append(Tensor(f"blk.{layer}.attn_norm.weight", f"{source}.attn_norm.weight", (hidden,)))
+        expected.append(Tensor(f"blk.{layer}.ffn_norm.weight", f"{source}.mlp_norm.weight", (hidden,)))
+        for name, (module, shape) in matrices.items():
+            expected.append(Tensor(f"blk.{layer}.{name}.weight", f"{source}.{module}.weight", shape, half=True))
+    expected.append(Tensor("output_norm.weight", "model.final_norm.weight", (hidden,)))
+    expected.append(Tensor("cls.weight", "head.dense.weight", (hidden, hidden), half=True))
+    expected.append(Tensor("cls.norm.weight", "head.norm.weight", (hidden,)))
+    expected.append(Tensor("cls.output.weight", "classifier.weight", (1, hidden)))
+    expected.append(Tensor("cls.output.bias", "classifier.bias", (1,)))
+    return Mapping(expected)
+
+
 _MAPPINGS: dict[str, Callable[[Config, dict[str, str]], Mapping]] = {
     "XLMRobertaForSequenceClassification": _map_xlm_roberta,
     "BertForSequenceClassification": _map_bert_classifier,
     "GemmaForCausalLM": _map_gemma,
+    "Qwen2ForCausalLM": _map_qwen2,
+    "Qwen3ForCausalLM": _map_qwen3,
+    "ModernBertForSequenceClassification": _map_modern_bert,
     "BertModel": _map_bert,
 }
 

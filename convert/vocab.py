@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .added import append_added_tokens, entries
+from .bpe import bpe_tokens, normalization, pre_tokenizer
 from .checkpoint import MAX_NUMBER, Checkpoint, refuse_stub
 from .errors import ConvertError
 from .models import Architecture
 
 # llama.h, enum llama_token_type; SentencePiece's ModelProto.SentencePiece.Type has the same numbers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-MAX_FILLERS = 255  # rows by which an embedding table may be padded to a round number; more is a truncated vocabulary
+MAX_FILLERS = 511  # rows by which an embedding table may be padded (Qwen2: 271); more is a truncated vocabulary
 SPACE = "▁"  # U+2581, SentencePiece's visible space
 
 
@@ -34,6 +35,7 @@ class Vocabulary:
     special: dict[str, int]
     scores: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # further tokenizer.ggml.* metadata
+    normalization: str = ""  # what the server must do to a text first: NFC, or nothing
 
 
 def read_vocabulary(checkpoint: Checkpoint, architecture: Architecture) -> Vocabulary:
@@ -337,6 +339,35 @@ def _is_symbol(text: str, known: set[str]) -> bool:
     return len(text) == 1 or text in known
 
 
+# -- Qwen and ModernBERT: byte-level BPE ----------------------------------------------------------------------------
+
+
+def _read_bpe(checkpoint: Checkpoint) -> Vocabulary:
+    try:
+        return _bpe(checkpoint)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        problem = f"{checkpoint.directory}/tokenizer.json: no usable BPE vocabulary in it"
+        raise ConvertError(f"{problem} ({exc!r:.100})") from exc
+
+
+def _bpe(checkpoint: Checkpoint) -> Vocabulary:
+    tokens, is_added, control, merges = bpe_tokens(checkpoint)
+    types = [
+        NORMAL if not added else CONTROL if control[token] else USER_DEFINED
+        for token, added in zip(tokens, is_added, strict=True)
+    ]
+    if "[CLS]" in control and "[SEP]" in control:  # ModernBERT
+        names = {"bos": "[CLS]", "eos": "[SEP]", "cls": "[CLS]", "seperator": "[SEP]", "padding": "[PAD]",
+                 "unknown": "[UNK]", "mask": "[MASK]"}  # fmt: skip
+    else:
+        names = {"eos": "<|im_end|>", "padding": "<|endoftext|>"}
+    options: dict[str, Any] = {
+        "pre": pre_tokenizer(checkpoint), "merges": merges, "add_bos_token": False, "add_space_prefix": False,
+    }  # fmt: skip
+    special = _ids_of(checkpoint, tokens, names)
+    return Vocabulary("gpt2", tokens, types, special, options=options, normalization=normalization(checkpoint))
+
+
 # -- shared ---------------------------------------------------------------------------------------------------------
 
 
@@ -367,5 +398,5 @@ def read_sentencepiece(path: Path) -> Any:
 
 
 _READERS: dict[str, Callable[[Checkpoint], Vocabulary]] = {
-    "t5": _read_unigram, "bert": _read_wordpiece, "llama": _read_gemma,
+    "t5": _read_unigram, "bert": _read_wordpiece, "llama": _read_gemma, "gpt2": _read_bpe,
 }  # fmt: skip

@@ -28,12 +28,14 @@ from .models import (
     Architecture,
 )
 from .progress import Progress
+from .recipe import Recipe, recipe_metadata
 from .reference import GEMMA_PARTS, PromptParts, ReferencePairs, check_pooling, max_tokens
 from .samples import TOKENS_A_SAMPLE, passage_with
 from .tensors import Tensor, head_dimension, position_offset
 from .vocab import Vocabulary
 
-VERSION = 1  # of the rerank.* keys
+# Of the rerank.* keys. 2: what an older server would score wrongly: another prompt than gemma's, text to normalise.
+VERSION, RECIPE_VERSION = 1, 2
 CHECK_QUERY = "What is the capital of France?"
 CHECK_PASSAGE = "Paris is the capital of France. Größe, 東京, مرحبا!"
 # rerank.verification is written as {} and this many bytes of blanks; verify fills them in without moving a tensor.
@@ -45,27 +47,35 @@ Metadata = dict[str, Any]
 
 def model_metadata(
     checkpoint: Checkpoint, architecture: Architecture, vocabulary: Vocabulary, source: str, revision: str,
-    parts: PromptParts = GEMMA_PARTS,
+    parts: PromptParts = GEMMA_PARTS, recipe: Recipe | None = None,
 ) -> Metadata:
     """Everything but the quantisation. int is written as uint32, float as float32. Raises ConvertError."""
-    hyperparameters = _gemma(checkpoint) if architecture.gguf == "gemma" else _bert(checkpoint, architecture)
+    hyperparameters = _hyperparameters(checkpoint, architecture)
     longest = max_tokens(checkpoint, architecture, hyperparameters["context_length"])
-    pairs = ReferencePairs(checkpoint, architecture, vocabulary, longest, parts)
+    pairs = ReferencePairs(checkpoint, architecture, vocabulary, longest, parts, recipe)
     check_passage = f"{passage_with(found_in_texts(vocabulary)[:TOKENS_A_SAMPLE])} {CHECK_PASSAGE}".lstrip()
     return {
         "general.name": source,
         **{f"{architecture.gguf}.{key}": value for key, value in hyperparameters.items()},
         **_tokenizer(vocabulary),
-        "rerank.version": VERSION,
+        "rerank.version": RECIPE_VERSION if vocabulary.model == "gpt2" else VERSION,
         "rerank.kind": architecture.kind,
         "rerank.source": source,
         "rerank.revision": revision,
         "rerank.max_tokens": longest,
-        **_kind_metadata(checkpoint, architecture, pairs, parts),
+        "rerank.normalization": vocabulary.normalization,
+        **(recipe_metadata(checkpoint, recipe, vocabulary) if recipe else {}),
+        **({} if recipe else _kind_metadata(checkpoint, architecture, pairs, parts)),
         "rerank.check_query": CHECK_QUERY,
         "rerank.check_passage": check_passage,
         "rerank.check_ids": pairs.ids(CHECK_QUERY, check_passage),
     }
+
+
+def _hyperparameters(checkpoint: Checkpoint, architecture: Architecture) -> Metadata:
+    if architecture.gguf == "modern-bert":
+        return _modern_bert(checkpoint)
+    return _bert(checkpoint, architecture) if architecture.gguf == "bert" else _decoder(checkpoint)
 
 
 def _bert(checkpoint: Checkpoint, architecture: Architecture) -> Metadata:
@@ -84,13 +94,62 @@ def _bert(checkpoint: Checkpoint, architecture: Architecture) -> Metadata:
     }
 
 
-def _gemma(checkpoint: Checkpoint) -> Metadata:
+def _modern_bert(checkpoint: Checkpoint) -> Metadata:
+    """Every n-th layer sees the whole pair, the first one included; the others half of local_attention to each side."""
+    config = checkpoint.config
+    config.expect("classifier_pooling", "cls", "mean")  # what the head sees: the first token, or the mean of all
+    is_mean = config.values.get("classifier_pooling") == "mean"
+    return {
+        "context_length": config.integer("max_position_embeddings", 8192),
+        "embedding_length": config.integer("hidden_size"),
+        "feed_forward_length": config.integer("intermediate_size"),
+        "block_count": config.integer("num_hidden_layers"),
+        "attention.head_count": config.integer("num_attention_heads"),
+        "attention.layer_norm_epsilon": config.number("norm_eps", 1e-5),
+        "attention.causal": False,
+        "attention.sliding_window": config.integer("local_attention", 128),
+        "attention.sliding_window_pattern": _global_layers(config),
+        "rope.freq_base": _modern_bert_theta(config, "full_attention", "global_rope_theta", 160000.0),
+        "rope.freq_base_swa": _modern_bert_theta(config, "sliding_attention", "local_rope_theta", 10000.0),
+        "vocab_size": config.integer("vocab_size"),
+        "pooling_type": int(gguf.PoolingType.RANK),
+        "classifier.pooling_type": int(gguf.PoolingType.MEAN if is_mean else gguf.PoolingType.CLS),
+    }
+
+
+def _global_layers(config: Config) -> int:
+    """n: layers 0, n, 2n ... attend to everything. transformers 5 lists the layers' types in place of n."""
+    every, types = config.integer("global_attn_every_n_layers", 3), config.values.get("layer_types")
+    if isinstance(types, list) and types:
+        every = next((n for n in range(1, len(types)) if types[n] == "full_attention"), len(types))
+        n_layers = config.integer("num_hidden_layers")
+        if types != ["sliding_attention" if n % every else "full_attention" for n in range(n_layers)]:
+            raise ConvertError(f"{config.path}: layer_types is not one full_attention in every {every} layers")
+    return every
+
+
+def _modern_bert_theta(config: Config, kind: str, name: str, default: float) -> float:
+    rope = config.values.get("rope_parameters")
+    own = rope.get(kind) if isinstance(rope, dict) else None
+    return _plain_theta(config, own) or config.number(name, default)
+
+
+def _plain_theta(config: Config, rope: Any) -> float | None:
+    """rope_theta of transformers 5's rope_parameters, None without it. Raises ConvertError: scaled positions."""
+    if not isinstance(rope, dict):
+        return None
+    if rope.get("rope_type", "default") != "default":
+        raise ConvertError(f"{config.path}: rope_parameters.rope_type is {rope['rope_type']!r}, expected 'default'")
+    theta = rope.get("rope_theta")
+    if theta is None:
+        return None
+    return Config(config.path, {"rope_parameters.rope_theta": theta}).number("rope_parameters.rope_theta")
+
+
+def _decoder(checkpoint: Checkpoint) -> Metadata:
     config = checkpoint.config
     heads = config.integer("num_attention_heads")
-    rope = config.values.get("rope_parameters")
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
-        raise ConvertError(f"{config.path}: rope_parameters.rope_type is {rope['rope_type']!r}, expected 'default'")
+    theta = _plain_theta(config, config.values.get("rope_parameters"))
     return {
         "context_length": config.integer("max_position_embeddings", 8192),
         "embedding_length": config.integer("hidden_size"),
@@ -101,12 +160,8 @@ def _gemma(checkpoint: Checkpoint) -> Metadata:
         "attention.key_length": head_dimension(config),
         "attention.value_length": head_dimension(config),
         "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
-        "rope.freq_base": config.number("rope_theta", 10000.0) if theta is None else _number(config, theta),
+        "rope.freq_base": theta or config.number("rope_theta", 10000.0),
     }
-
-
-def _number(config: Config, theta: Any) -> float:
-    return Config(config.path, {"rope_parameters.rope_theta": theta}).number("rope_parameters.rope_theta")
 
 
 def _tokenizer(vocabulary: Vocabulary) -> Metadata:
@@ -137,6 +192,8 @@ def _kind_metadata(
         if first_piece_id := pairs.first_piece_id():
             line |= {"rerank.overlap_scale": MINI_OVERLAP_SCALE, "rerank.first_piece_id": first_piece_id}
         return line
+    if architecture.gguf == "modern-bert":
+        return {"rerank.token_types": 1}
     # Two types mean that the passage has type 1 (BERT); llama.cpp gives all tokens type 0, so the server must know.
     return {"rerank.token_types": min(2, checkpoint.config.integer("type_vocab_size", 2))}
 

@@ -141,6 +141,172 @@ def make_gemma(directory: Path, shards: int = 1, *, hidden_size: int = 256, laye
     return directory
 
 
+def make_qwen3(directory: Path, *, hidden_size: int = 256, layers: int = 2, dtype: str = "float32") -> Path:
+    """Writes a Qwen3ForCausalLM (tied embeddings) in the sentence-transformers layout, as Qwen3-Reranker-0.6B is."""
+    config = qwen_config("Qwen3ForCausalLM", hidden_size, layers, dtype) | {"head_dim": 64, "attention_bias": False}
+    write_checkpoint(directory, config, qwen_weights(24, config).tensors)
+    write_qwen_tokenizer(directory)
+    write_logit_score(directory, "yes", "no")
+    (directory / "chat_template.jinja").write_text(QWEN3_RERANKER_TEMPLATE, encoding="utf-8")
+    return directory
+
+
+def make_zerank(directory: Path, *, hidden_size: int = 256, layers: int = 2, dtype: str = "float32") -> Path:
+    """Writes a Qwen3ForCausalLM with a head of its own, as a zerank-1 from before sentence-transformers 5.4 is: its
+    recipe is known by the directory's name, which becomes zerank-1-small beside `directory`'s."""
+    directory = directory.with_name(f"{directory.name}-zerank-1-small")
+    config = qwen_config("Qwen3ForCausalLM", hidden_size, layers, dtype) | {
+        "head_dim": 64, "attention_bias": False, "tie_word_embeddings": False}
+    write_checkpoint(directory, config, qwen_weights(25, config, head_std=1.0).tensors)
+    write_qwen_tokenizer(directory)
+    return directory
+
+
+def make_qwen2(directory: Path, *, hidden_size: int = 256, layers: int = 2, dtype: str = "float32") -> Path:
+    """Writes a Qwen2ForCausalLM (tied, biases at queries, keys and values), as mxbai-rerank-base-v2 is."""
+    config = qwen_config("Qwen2ForCausalLM", hidden_size, layers, dtype)
+    write_checkpoint(directory, config, qwen_weights(26, config).tensors)
+    write_qwen_tokenizer(directory)
+    write_logit_score(directory, "1", "0")
+    return directory
+
+
+def make_modernbert(directory: Path, *, hidden_size: int = 256, layers: int = 4, pooling: str = "mean",
+                    dtype: str = "float32") -> Path:
+    """Writes a ModernBertForSequenceClassification (one label), as gte-reranker-modernbert-base is.
+
+    The window is 32 tokens, so that the local layers see only a part of the tests' pairs.
+    """
+    tokenizer = json.loads((TOKENIZERS / "modernbert" / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    config = {
+        "architectures": ["ModernBertForSequenceClassification"], "model_type": "modernbert",
+        "vocab_size": max(ids.values()) + 3, "hidden_size": hidden_size, "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 64, "intermediate_size": 2 * hidden_size,
+        "max_position_embeddings": 8192, "norm_eps": 1e-5, "hidden_activation": "gelu", "attention_bias": False,
+        "mlp_bias": False, "norm_bias": False, "classifier_bias": False, "classifier_activation": "gelu",
+        "classifier_pooling": pooling, "global_attn_every_n_layers": 3, "local_attention": 32,
+        "global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "bos_token_id": ids["[CLS]"],
+        "cls_token_id": ids["[CLS]"], "eos_token_id": ids["[SEP]"], "sep_token_id": ids["[SEP]"],
+        "pad_token_id": ids["[PAD]"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "torch_dtype": dtype,
+        "attention_dropout": 0.0, "embedding_dropout": 0.0, "mlp_dropout": 0.0, "classifier_dropout": 0.0,
+        "reference_compile": False,
+    }
+    weights = Weights(seed=27, dtype=dtype)
+    modernbert_body(weights, config)
+    write_checkpoint(directory, config, weights.tensors)
+    shutil.copyfile(TOKENIZERS / "modernbert" / "tokenizer.json", directory / "tokenizer.json")
+    write_json(directory / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "cls_token": "[CLS]",
+        "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"})
+    return directory
+
+
+# As sentence-transformers 5.4 has it in Qwen/Qwen3-Reranker-0.6B; Jinja drops the last of the line breaks.
+QWEN3_RERANKER_TEMPLATE = """\
+{%- set instruction = messages | selectattr("role", "eq", "system") | map(attribute="content") | first \
+| default("Given a web search query, retrieve relevant passages that answer the query") -%}
+{%- set query_text = messages | selectattr("role", "eq", "query") | map(attribute="content") | first -%}
+{%- set document_text = messages | selectattr("role", "eq", "document") | map(attribute="content") | first -%}
+<|im_start|>system
+Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer \
+can only be "yes" or "no".<|im_end|>
+<|im_start|>user
+<Instruct>: {{ instruction }}
+<Query>: {{ query_text }}
+<Document>: {{ document_text }}<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
+
+
+"""
+
+
+def qwen_config(architecture: str, hidden_size: int, layers: int, dtype: str) -> dict[str, Any]:
+    ids = qwen_ids()
+    return {
+        "architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": len(ids) + 2, "hidden_size": hidden_size, "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 64, "num_key_value_heads": 2, "intermediate_size": 2 * hidden_size,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+        "hidden_act": "silu", "use_sliding_window": False, "sliding_window": None, "attention_dropout": 0.0,
+        "tie_word_embeddings": True, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        "torch_dtype": dtype,
+    }
+
+
+def qwen_ids() -> dict[str, int]:
+    content = json.loads((TOKENIZERS / "qwen" / "tokenizer.json").read_text(encoding="utf-8"))
+    return {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+
+
+def qwen_weights(seed: int, config: dict[str, Any], head_std: float = 0.0) -> Weights:
+    """A Qwen3's, or a Qwen2's, whose attention has biases and no norms. head_std: of a head that is not tied."""
+    weights, is_qwen2 = Weights(seed, config["torch_dtype"]), config["model_type"] == "qwen2"
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    n_query, n_kv = hidden, 64 * config["num_key_value_heads"]
+    weights.normal("model.embed_tokens.weight", (config["vocab_size"], hidden), 0.1)
+    for n in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        weights.normal(f"{layer}.input_layernorm.weight", (hidden,), 0.1, mean=1.0)
+        weights.dense(f"{layer}.self_attn.q_proj", n_query, hidden, gain=1.5, bias=is_qwen2)
+        weights.dense(f"{layer}.self_attn.k_proj", n_kv, hidden, gain=1.5, bias=is_qwen2)
+        weights.dense(f"{layer}.self_attn.v_proj", n_kv, hidden, gain=3.0, bias=is_qwen2)
+        weights.dense(f"{layer}.self_attn.o_proj", hidden, n_query, gain=3.0, bias=False)
+        if not is_qwen2:
+            weights.normal(f"{layer}.self_attn.q_norm.weight", (64,), 0.2, mean=1.2)
+            weights.normal(f"{layer}.self_attn.k_norm.weight", (64,), 0.2, mean=1.2)
+        weights.normal(f"{layer}.post_attention_layernorm.weight", (hidden,), 0.1, mean=1.0)
+        weights.dense(f"{layer}.mlp.gate_proj", wide, hidden, bias=False)
+        weights.dense(f"{layer}.mlp.up_proj", wide, hidden, bias=False)
+        weights.dense(f"{layer}.mlp.down_proj", hidden, wide, gain=2.0, bias=False)
+    weights.normal("model.norm.weight", (hidden,), 0.1, mean=1.0)
+    if head_std:
+        weights.normal("lm_head.weight", (config["vocab_size"], hidden), head_std)
+    return weights
+
+
+def modernbert_body(weights: Weights, config: dict[str, Any]) -> None:
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    weights.normal("model.embeddings.tok_embeddings.weight", (config["vocab_size"], hidden), 0.5)
+    weights.normal("model.embeddings.norm.weight", (hidden,), 0.1, mean=1.0)
+    for n in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        if n:
+            weights.normal(f"{layer}.attn_norm.weight", (hidden,), 0.1, mean=1.0)
+        weights.dense(f"{layer}.attn.Wqkv", 3 * hidden, hidden, gain=1.7, bias=False)
+        weights.dense(f"{layer}.attn.Wo", hidden, hidden, gain=2.0, bias=False)
+        weights.normal(f"{layer}.mlp_norm.weight", (hidden,), 0.1, mean=1.0)
+        weights.dense(f"{layer}.mlp.Wi", 2 * wide, hidden, bias=False)
+        weights.dense(f"{layer}.mlp.Wo", hidden, wide, gain=2.0, bias=False)
+    weights.normal("model.final_norm.weight", (hidden,), 0.1, mean=1.0)
+    weights.dense("head.dense", hidden, hidden, gain=2.0, bias=False)
+    weights.normal("head.norm.weight", (hidden,), 0.1, mean=1.0)
+    weights.dense("classifier", 1, hidden, gain=2.0)
+
+
+def write_qwen_tokenizer(directory: Path) -> None:
+    shutil.copyfile(TOKENIZERS / "qwen" / "tokenizer.json", directory / "tokenizer.json")
+    write_json(directory / "tokenizer_config.json", {
+        "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None, "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "unk_token": None, "model_max_length": 131072})
+
+
+def write_logit_score(directory: Path, yes: str, no: str | None) -> None:
+    """The files in which sentence-transformers 5.4 records which words are the answer."""
+    modules = "sentence_transformers.base.modules.transformer.Transformer"
+    score = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+    write_json(directory / "modules.json", [
+        {"idx": 0, "name": "0", "path": "", "type": modules},
+        {"idx": 1, "name": "1", "path": "1_LogitScore", "type": score}])
+    (directory / "1_LogitScore").mkdir(exist_ok=True)
+    ids = qwen_ids()
+    write_json(directory / "1_LogitScore" / "config.json", {
+        "true_token_id": ids[yes], "false_token_id": None if no is None else ids[no]})
+
+
 def bert_config(architecture: str, hidden_size: int, layers: int, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [architecture], "model_type": "bert", "vocab_size": len(bert_vocabulary()),

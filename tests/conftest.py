@@ -34,7 +34,8 @@ ACCEL_LIBRARY = rerank_server.ACCEL_LIBRARY
 rerank_server.ACCEL_LIBRARY = Path("absent.so")
 os.environ["RERANK_ACCEL"] = "off"
 
-ARCHITECTURES = ("xlmr", "bert", "bi", "gemma")
+ARCHITECTURES = ("xlmr", "bert", "modernbert", "bi", "gemma", "qwen3", "qwen2", "zerank")
+PROMPTED = ("gemma", "qwen3", "qwen2", "zerank")  # language models: the pairs of a query share their beginning
 CONVERT_TIMEOUT_S = 120
 
 FUZZED: defaultdict[str, Counter[str]] = defaultdict(Counter)  # what was tried, for the end of the report

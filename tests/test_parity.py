@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import ARCHITECTURES, EngineOf, Gguf, load_engine
+from conftest import ARCHITECTURES, PROMPTED, EngineOf, Gguf, load_engine
 from golden.inputs import SCORED_PAIRS
 
 import rerank_server
@@ -112,12 +112,13 @@ def test_a_score_does_not_depend_on_its_company(
     np.testing.assert_allclose(packed, logits_alone[order], rtol=0, atol=TOLERANCE * np.ptp(reference))
 
 
+@pytest.mark.parametrize("prompted", PROMPTED)
 @pytest.mark.parametrize("n_queries", [1, 3])
 def test_a_prefix_that_is_computed_once_does_not_change_scores(
-    n_queries: int, gguf_of: Gguf, reference_of: Callable[[str], Logits]
+    n_queries: int, prompted: str, gguf_of: Gguf, reference_of: Callable[[str], Logits]
 ) -> None:
-    """gemma's `A: query` is computed once for all passages; pairs of several requests may meet in one batch."""
-    engine = load_engine(gguf_of("gemma"), max_length=256, ubatch=128)
+    """What comes before the passage is computed once; pairs of several requests may meet in one batch."""
+    engine = load_engine(gguf_of(prompted), max_length=256, ubatch=128)
     passages = [pair.passage for pair in SCORED_PAIRS]
     queries = [f"query {number}: " + "which of these says it? " * (1 + 9 * number) for number in range(n_queries)]
     pairs = [pair for query in queries for pair in engine.pairs.make(query, passages)]
@@ -126,7 +127,7 @@ def test_a_prefix_that_is_computed_once_does_not_change_scores(
     whole = rerank_server.score_all(engine, [dataclasses.replace(pair, n_shared=0) for pair in pairs])
     engine.close()
     assert all(pair.n_shared > 5 for pair in pairs)
-    np.testing.assert_allclose(shared, whole, rtol=0, atol=TOLERANCE * np.ptp(reference_of("gemma")))
+    np.testing.assert_allclose(shared, whole, rtol=0, atol=TOLERANCE * np.ptp(reference_of(prompted)))
 
 
 def test_the_overlap_is_the_part_of_the_querys_pieces_that_the_passage_holds() -> None:

@@ -23,10 +23,12 @@ import rerank_server
 
 # What only the frame of a pair may hold; <unk> and [UNK] are not among them: an unknown character becomes one.
 CONTROL_STRINGS = ("<s>", "<pad>", "</s>", "<mask>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "<eos>", "<bos>",
-                   "<start_of_turn>", "<end_of_turn>")
+                   "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>",
+                   "<|file_sep|>", "<|padding|>")
 XLMR_MASK = 845  # the tiny vocabulary's last id
 CONTROL_IDS = {"xlmr": {0, 1, 2, XLMR_MASK}, "bert": {0, 101, 102, 103}, "bi": {0, 101, 102, 103},
-               "gemma": {0, 1, 2, 106, 107}}
+               "gemma": {0, 1, 2, 106, 107}, "modernbert": {*range(1000, 1007)},
+               **dict.fromkeys(("qwen3", "qwen2", "zerank"), {*range(1000, 1010), *range(1012, 1018)})}
 
 
 def passage_ids(engine: rerank_server.Engine, text: str, ids_after_passage: int) -> list[int]:

@@ -1,15 +1,18 @@
-"""Asks the reference implementations for token ids, pairs and logits; writes xlmr, bert, bi and gemma.json.
+"""Asks the reference implementations for token ids, pairs and logits; writes a JSON file for each architecture.
 
 Run by hand, with torch, transformers, tokenizers, sentencepiece and protobuf (the `reference` extra); the JSON files
 are committed, so the tests need none of these:
 
-    python tests/golden/make_golden.py [xlmr|bert|bi|gemma ...]
+    python tests/golden/make_golden.py [xlmr|bert|bi|gemma|qwen3|qwen2|zerank|modernbert ...]
 
 What the reference is:
 - Token ids: the Hugging Face tokenizers of the real models, with one deliberate difference: a control string inside a
   text ("</s>", "<bos>", "[SEP]") is text (`encode_special_tokens`), because a passage must not steer the model.
 - Pairs and logits: FlagEmbedding 1.4.2, `FlagReranker` and `FlagLLMReranker` (with transformers 4, where pairs are
   put together from ids; its fallback for transformers 5 decodes the ids and tokenises once more, which changes them).
+  qwen3: the code of Qwen3-Reranker's model card. qwen2: mxbai_rerank 0.1.6. zerank: zerank-1-small's own
+  modeling_zeranker.py, cut as sentence-transformers 6.2 does, which puts the chat template's last tokens back over the
+  end of what it cut. modernbert: pairs as FlagReranker.
 - Models: transformers, float32, eager attention, one pair at a time, so that neither padding nor the order matters.
 """
 from __future__ import annotations
@@ -32,7 +35,16 @@ from transformers.convert_slow_tokenizer import generate_merges
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from checkpoints import make_bert, make_bi, make_gemma, make_xlmr  # noqa: E402
+from checkpoints import (  # noqa: E402
+    make_bert,
+    make_bi,
+    make_gemma,
+    make_modernbert,
+    make_qwen2,
+    make_qwen3,
+    make_xlmr,
+    make_zerank,
+)
 
 from golden.inputs import (  # noqa: E402
     CUT_PAIRS,
@@ -239,8 +251,111 @@ def gemma_encode(directory: Path) -> Encode:
     return encode
 
 
+def bpe_encode(directory: Path) -> tuple[Encode, Encode]:
+    """(ids of a text, ids of the prompt's own words, in which special tokens are read).
+
+    <|fim_prefix|> and its like are not special in Qwen's tokenizer.json, but they steer a model as the others do, so
+    here they are: a passage that holds one of them holds its letters.
+    """
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["special"] |= token["content"].startswith("<|")
+    template = Tokenizer.from_str(json.dumps(content))
+    return text_only(Tokenizer.from_str(json.dumps(content))), \
+        lambda text: list(template.encode(text, add_special_tokens=False).ids)
+
+
+def qwen3(directory: Path) -> None:
+    """The model card of Qwen/Qwen3-Reranker-0.6B: format_instruction, process_inputs, compute_logits."""
+    make_qwen3(directory)
+    encode, template = bpe_encode(directory)
+    prefix = template(
+        '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and '
+        'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        '<|im_start|>user\n')
+    suffix = template("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    task = "Given a web search query, retrieve relevant passages that answer the query"
+
+    def build(query: str, passage: str, max_length: int) -> list[int]:
+        body = encode(f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {passage}")
+        whole = prefix + body
+        return whole[:max(0, max_length - len(suffix))] + suffix
+
+    yes, no = template("yes")[0], template("no")[0]
+    model = eager(transformers.Qwen3ForCausalLM, directory)
+
+    def score(ids: list[int], _pair: ScoredPair) -> float:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        return float(logits[yes] - logits[no])
+
+    write_golden("qwen3", lambda text: encode(" " + text), build, 32768, score, ids_after_passage=len(suffix))
+
+
+def qwen2(directory: Path) -> None:
+    """mxbai_rerank 0.1.6, MxbaiRerankV2: prepare_predefined_inputs, prepare_inputs, forward."""
+    make_qwen2(directory)
+    encode, template = bpe_encode(directory)
+    sep = template("\n")
+    prefix = template("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+                      "You are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+    task = template(
+        "You are a search relevance expert who evaluates how well documents match search queries. For "
+        "each query-document pair, carefully analyze the semantic relationship between them, then provide "
+        "your binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:")
+    suffix = template("<|im_end|>\n<|im_start|>assistant\n")
+
+    def build(query: str, passage: str, max_length: int) -> list[int]:
+        first = encode(f"query: {query}")[:max_length * 3 // 4]
+        second = sep + encode(f"document: {passage}")[:max_length]
+        return [*prefix, *first, *cut_second(len(first), second, max_length), *sep, *task, *suffix]
+
+    yes, no = template("1")[0], template("0")[0]
+    model = eager(transformers.Qwen2ForCausalLM, directory)
+
+    def score(ids: list[int], _pair: ScoredPair) -> float:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        return float(logits[yes] - logits[no])
+
+    write_golden("qwen2", lambda text: encode("document: " + text), build, 32768, score,
+                 ids_after_passage=len(sep + task + suffix))
+
+
+def zerank(directory: Path) -> None:
+    """zeroentropy/zerank-1-small: query and passage are the system's and the user's message of Qwen's chat template."""
+    directory = make_zerank(directory)
+    encode, template = bpe_encode(directory)
+    start, middle = template("<|im_start|>"), template("<|im_end|>\n<|im_start|>")
+    suffix = template("<|im_end|>\n<|im_start|>assistant\n")
+
+    def build(query: str, passage: str, max_length: int) -> list[int]:
+        asked, told = encode(f"system\n{query.strip()}"), encode(f"user\n{passage.strip()}")
+        rendered = [*start, *asked, *middle, *told]
+        return rendered[:max(0, max_length - len(suffix))] + suffix
+
+    yes = template("Yes")[0]
+    model = eager(transformers.Qwen3ForCausalLM, directory)
+
+    def score(ids: list[int], _pair: ScoredPair) -> float:
+        return float(model(input_ids=torch.tensor([ids])).logits[0, -1, yes]) / 5.0
+
+    write_golden("zerank", lambda text: encode(f"user\n{text.strip()}")[1:], build, 32768, score,
+                 ids_after_passage=len(suffix))
+
+
+def modernbert(directory: Path) -> None:
+    make_modernbert(directory)
+    encode, template = bpe_encode(directory)
+    (cls,), (sep,) = template("[CLS]"), template("[SEP]")
+    model = eager(transformers.ModernBertForSequenceClassification, directory)
+
+    def score(ids: list[int], _pair: ScoredPair) -> float:
+        return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+
+    write_golden("modernbert", encode, encoder_pair(encode, cls, [sep], sep), 8192, score)
+
+
 def main(names: list[str]) -> None:
-    for make in (xlmr, bert, bi, gemma):
+    for make in (xlmr, bert, bi, gemma, qwen3, qwen2, zerank, modernbert):
         if not names or make.__name__ in names:
             with tempfile.TemporaryDirectory() as directory, torch.no_grad():
                 make(Path(directory))

@@ -1,6 +1,6 @@
-"""Trains the three tiny tokenizers in tests/golden/tokenizers/ from corpus.txt (text written for this project).
+"""Trains the five tiny tokenizers in tests/golden/tokenizers/ from corpus.txt (text written for this project).
 
-Run once, by hand, with `sentencepiece` and `protobuf` installed; the files it writes are committed:
+Run once, by hand, with `sentencepiece`, `protobuf` and `tokenizers` installed; the files it writes are committed:
 
     python tests/golden/train_tokenizers.py
 
@@ -11,6 +11,10 @@ Each has the layout of the real one, so that a converter meets the same traps:
     gemma/tokenizer.model          BPE, identity normalisation, no dummy prefix, byte fallback, digits split;
                                    pad, eos, bos, unk = 0 1 2 3 and the user-defined pieces of Gemma 1
     bert/vocab.txt                 WordPiece, lower case, accents stripped; [PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102
+    qwen/tokenizer.json            byte-level BPE after NFC and Qwen's regular expression; the added tokens of Qwen3, of
+                                   which <think> and <tool_call> are not special
+    modernbert/tokenizer.json      byte-level BPE after NFC and GPT-2's regular expression; runs of spaces are added
+                                   tokens that are not special; [CLS] text [SEP]
 """
 from __future__ import annotations
 
@@ -22,11 +26,28 @@ from pathlib import Path
 
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "tokenizers"
 XLMR_PIECES = 1500
 GEMMA_PIECES = 1900  # 256 bytes and about 200 user-defined pieces among them
+BPE_TOKENS = 1000  # 256 bytes among them, without the added tokens
+QWEN_SPLIT = (  # the pre-tokenizer of Qwen2's and Qwen3's tokenizer.json
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What the prompts of the models are made of, so that they are a few tokens here as well, and each answer is one.
+PROMPT_LINES = [
+    "system\nuser\nassistant\n\n<Instruct>: Given a web search query, retrieve relevant passages that "
+    "answer the query",
+    "\n<Query>: \n<Document>: yes no Yes No 1 0\nyes\nno\nYes\nNo\nquery: document: instruction: Relevance:",
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no". '
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "You are a search relevance expert who evaluates how well documents match search queries. For "
+    "each query-document pair, carefully analyze the semantic relationship between them, then provide "
+    "your binary relevance judgment",
+]
 
 
 def corpus_lines() -> list[str]:
@@ -96,11 +117,57 @@ def bert_vocabulary() -> list[str]:
     return list(dict.fromkeys(vocabulary))
 
 
+def train_bpe(tokenizer: Tokenizer, added: list[AddedToken]) -> bytes:
+    """Trains byte-level BPE in place; tokenizer has everything but its vocabulary. The added tokens come last."""
+    trainer = trainers.BpeTrainer(vocab_size=BPE_TOKENS, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(corpus_lines() * 2 + PROMPT_LINES * 8, trainer)
+    special, plain = ([token for token in added if token.special is wanted] for wanted in (True, False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+    return (tokenizer.to_str(pretty=True) + "\n").encode()
+
+
+def train_qwen() -> bytes:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+               "<|box_start|>", "<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    plain = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+             "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+    added = [AddedToken(text, special=True, normalized=False) for text in special]
+    return train_bpe(tokenizer, added + [AddedToken(text, special=False, normalized=False) for text in plain])
+
+
+def train_modernbert() -> bytes:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|padding|>", "<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    plain = ["|||IP_ADDRESS|||", *(" " * n for n in range(24, 1, -1)), "|||EMAIL_ADDRESS|||",
+             *(f"[unused{n}]" for n in range(4))]
+    added = [AddedToken(text, special=True, normalized=False) for text in special]
+    added.append(AddedToken("[MASK]", special=True, normalized=False, lstrip=True))
+    train_bpe(tokenizer, added + [AddedToken(text, special=False, normalized=True) for text in plain])
+    cls, sep = (f"[{name}]" for name in ("CLS", "SEP"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(text, tokenizer.token_to_id(text)) for text in (cls, sep)])
+    return (tokenizer.to_str(pretty=True) + "\n").encode()
+
+
 def main() -> None:
     files = {
         "xlmr/sentencepiece.bpe.model": train_xlmr(),
         "gemma/tokenizer.model": train_gemma(),
         "bert/vocab.txt": ("\n".join(bert_vocabulary()) + "\n").encode(),
+        "qwen/tokenizer.json": train_qwen(),
+        "modernbert/tokenizer.json": train_modernbert(),
     }
     for name, content in files.items():
         path = OUT / name
