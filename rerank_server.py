@@ -3390,7 +3390,7 @@ def allowed_origins(settings: Settings) -> frozenset[str]:
     for origin in given:
         if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
             example = "https://app.example.com"
-            raise SettingsError(f"--cors-origins: {origin!r} is no origin; they look like {example}")
+            raise SettingsError(f"--cors-origins: {origin!r} is no origin, as {example} is")
     return frozenset(given)
 
 
@@ -3435,7 +3435,7 @@ class RerankServer(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition()  # guards _idle, _open and draining
         self._idle: dict[RerankHandler, None] = {}  # the longest idle first
         self._open = 0  # connections
-        self._turned_away: deque[tuple[float, socket.socket]] = deque()  # the accepting thread's
+        self._turned_away: deque[socket.socket] = deque(maxlen=MAX_TURNED_AWAY)
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), RerankHandler)
@@ -3483,7 +3483,9 @@ class RerankServer(http.server.ThreadingHTTPServer):
             return True
 
     def _turn_away(self, connection: socket.socket) -> None:
-        """503, without waiting for the client: it has LINGER_S to read it."""
+        """503, without waiting for the client. The connection is held, its sending ended, until
+        MAX_TURNED_AWAY later ones were turned away: closing it with unread bytes would destroy
+        the answer."""
         refusal = BusyError("all connections are in use")
         body = json.dumps(refusal.body()).encode()
         head = (
@@ -3496,17 +3498,7 @@ class RerankServer(http.server.ThreadingHTTPServer):
             if self.tls_context is None:  # a handshake would have to be waited for
                 connection.send(head.encode() + body)
             socket.socket.shutdown(connection, socket.SHUT_WR)
-        self._turned_away.append((time.monotonic() + LINGER_S, connection))
-        self.service_actions()
-
-    def service_actions(self) -> None:
-        """Closes those that were turned away, after reading what they sent: closing a connection
-        with unread bytes destroys its answer."""
-        now, waiting = time.monotonic(), self._turned_away
-        while waiting and (waiting[0][0] < now or len(waiting) > MAX_TURNED_AWAY or self.draining):
-            _, connection = waiting.popleft()
-            with contextlib.suppress(OSError), connection:
-                connection.recv(RECEIVE_BYTES)
+        self._turned_away.append(connection)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -3546,7 +3538,7 @@ class RerankServer(http.server.ThreadingHTTPServer):
             self.is_cut_off = not is_done
             if self.is_cut_off:
                 self._changed.wait_for(self._is_empty, CUT_OFF_S)
-        self.service_actions()
+        self._turned_away.clear()
         return is_done
 
     def _is_empty(self) -> bool:
@@ -3576,8 +3568,8 @@ class ByteBudget:
             self._taken -= n_bytes
 
 
-# -- HTTP/1.1 as it arrives (RFC 9112). What leaves a doubt about where a request ends is refused, and
-#    the connection closes: requests are smuggled where two servers read the same bytes differently.
+# -- HTTP/1.1 as it arrives (RFC 9112). What leaves a doubt about where a request ends is refused,
+#    and the connection closes: requests are smuggled where two servers read bytes differently.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
@@ -3671,7 +3663,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
     # -- One request -------------------------------------------------------------------------------
 
     def handle_one_request(self) -> None:
-        """Prevents: errors in HTML, 501 where 405 is meant, a request kept by an idle connection."""
+        """Prevents: errors in HTML, 501 where 405 is meant, idle connections that hold requests."""
         self.close_connection = True
         if not self._arrives():
             return
@@ -3685,7 +3677,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             self._linger()
 
     def _arrives(self) -> bool:
-        """Waits until a request begins. False: the client has closed, or was silent for too long."""
+        """Until a request begins. False: the client has closed, or was silent for too long."""
         self.is_silent = True
         self.server.becomes_idle(self)
         self._stream.allow(self._idle_s)
@@ -3813,7 +3805,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             raise HttpError(f"HTTP/{major}.{minor} is not spoken here; HTTP/1.1 is", 505)
         self.request_version = f"HTTP/1.{minor}"
         self.headers = self._fields()
-        if not _HOST.fullmatch(self._field("host")) or (minor != "0" and "host" not in self.headers):
+        is_missing = "host" not in self.headers and minor != "0"
+        if is_missing or not _HOST.fullmatch(self._field("host")):
             raise HttpError("a request needs one Host header, with a host in it")
         self.path = self._path_of(target)
         self._find_length()
@@ -3827,7 +3820,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             return target
         parts = _TARGET.fullmatch(target)
         if parts is None:
-            raise HttpError(f"the request target must be a path or an http URL, not {target[:40]!r}")
+            shown = repr(target[:40])
+            raise HttpError(f"the request target must be a path or an http URL, not {shown}")
         return parts[1] or "/"
 
     def _find_length(self) -> None:
@@ -3958,7 +3952,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         acknowledged. The response's headers may be another request's, too: they are copied."""
         payload = _payload(response)
         headers = {**response.headers, "X-Request-Id": self._request_id()}
-        headers["Server-Timing"] = self._timing()
+        times = [f"{name};dur={value:.1f}" for name, value in self._milliseconds().items()]
+        headers["Server-Timing"] = ", ".join(times)  # W3C's, in milliseconds
         headers |= self._cross_origin_headers(headers)
         if payload:  # 204 takes no length: RFC 9110, 8.6
             is_page = isinstance(response.body, str)
@@ -4035,11 +4030,6 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             self.headers["x-request-id"] = uuid.uuid4().hex
         return self._field("x-request-id")
 
-    def _timing(self) -> str:
-        """Server-Timing (W3C), in milliseconds."""
-        times = self._milliseconds().items()
-        return ", ".join(f"{name};dur={value:.1f}" for name, value in times)
-
     def _milliseconds(self) -> dict[str, float]:
         call = self._call
         seconds = {"queue": call.queue_s, "tokenise": call.tokenise_s}
@@ -4058,8 +4048,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         fields |= {f"{name}_ms": value for name, value in self._milliseconds().items()}
         if self.server.settings.log_texts and call.request is not None:
             fields |= {"queries": call.request.queries, "passages": call.request.passages}
-        message = "%s %s %d"
-        log.info(message, fields["method"], fields["path"], status, extra={"fields": fields})
+        shown = f"{fields['method']} {fields['path']} {status}"
+        log.info("%s", shown, extra={"fields": fields})
 
 
 def _unauthorized() -> HttpError:
