@@ -3459,13 +3459,9 @@ class RerankServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Prevents: any number of threads."""
-        if not self._admit():
-            self._turn_away(request)
-            return
-        try:
+        if self._admit():
             super().process_request(request, client_address)
-        except RuntimeError:  # the system has no thread left
-            self._close_one()
+        else:
             self._turn_away(request)
 
     def _admit(self) -> bool:
@@ -3500,13 +3496,9 @@ class RerankServer(http.server.ThreadingHTTPServer):
             socket.socket.shutdown(connection, socket.SHUT_WR)
         self._turned_away.append(connection)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._close_one()
-
-    def _close_one(self) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """The end of each connection that was admitted, also where no thread could be started."""
+        super().shutdown_request(request)
         with self._changed:
             self._open -= 1
             self._changed.notify_all()
