@@ -32,7 +32,6 @@ import configparser
 import contextlib
 import ctypes
 import dataclasses
-import email.utils
 import errno
 import functools
 import hashlib
@@ -151,7 +150,7 @@ class Settings:
     body_timeout_s: int = _setting(
         30, "seconds for a body to arrive, and 1 more for each 10 kB of it", 1, 3600)
     keep_alive_s: int = _setting(
-        75, "seconds that a connection may be idle between two requests", 1, 3600)
+        95, "seconds that a connection may be idle between two requests", 1, 3600)
     cache_mb: int = _setting(
         8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
     unload_idle_s: int = _setting(
@@ -397,6 +396,21 @@ class BadRequestError(RequestError):
 
 class ModelNotFoundError(RequestError):  # with --strict-model
     status, error_type = 404, "model_not_found"
+
+
+class HttpError(RequestError):
+    """What arrived is not HTTP/1.1, leaves a doubt, or is not allowed."""
+
+    def __init__(
+        self, message: str, status: int = 400, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message, headers=headers)
+        self.status = status
+        self.error_type = HTTP_ERROR_TYPES.get(status, "invalid_http")
+
+
+HTTP_ERROR_TYPES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed",
+                    411: "length_required", 413: "payload_too_large"}
 
 
 class OverloadedError(RequestError):
@@ -3383,7 +3397,7 @@ CONTRACTS: dict[str, Writer] = {  # contract_of's names
 # --------------------------------------------------------------------------------------------------
 
 MAX_CLIENT_BATCH_SIZE = 10_000  # for TEI's clients, which split longer lists; any length is taken
-MAX_INDEX_HEADER_CHARACTERS = 500  # common proxies have 4 or 8 kB for all headers of an answer
+MAX_INDEX_HEADER_CHARACTERS = 1000  # proxies have 4 kB or more for all headers of an answer
 WEB = HERE / "web"
 OPEN_ENDPOINTS = ("/", "/health", "/ready")  # without a key: a browser opens a page, probes ask
 
@@ -3426,20 +3440,16 @@ def _hashes(page: str, element: str) -> str:
 
 
 def index_header(indices: Iterable[int]) -> str:
-    """0-4,9,12-13; where that is too long for a header, it ends with ... and how many there are."""
+    """0-4,9,12; where that is too long for a header, only how many: count=14000."""
     in_order = sorted(indices)
     runs: list[list[int]] = []
     for index in in_order:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1][1:] = [index]
         else:
-            runs.append([index, index])
-    parts = [f"{low}-{high}" if high > low else str(low) for low, high in runs]
-    text = ",".join(parts)
-    if len(text) <= MAX_INDEX_HEADER_CHARACTERS:
-        return text
-    whole = text[:MAX_INDEX_HEADER_CHARACTERS].rpartition(",")[0]
-    return f"{whole},...;count={len(in_order)}"
+            runs.append([index])
+    named = ",".join("-".join(map(str, run)) for run in runs)
+    return named if len(named) <= MAX_INDEX_HEADER_CHARACTERS else f"count={len(in_order)}"
 
 
 class Application:
@@ -3592,164 +3602,209 @@ class Application:
         return page_response(self._file("docs.html"))
 
 
+# --------------------------------------------------------------------------------------------------
+# HTTP, on the standard library's http.server. What is overridden says what it prevents.
+# --------------------------------------------------------------------------------------------------
 
-class HttpError(RequestError):
-    status, error_type = 400, "invalid_http"
-
-    def __init__(self, message, status=400, headers=None):
-        super().__init__(message, headers=headers)
-        self.status = status
-        self.error_type = {404: "not_found", 401: "unauthorized", 405: "method_not_allowed", 411: "length_required", 413: "payload_too_large"}.get(status, "invalid_http")
-
-def _he(st):
-    class E(HttpError):
-        def __init__(self, message="", *a, headers=None):
-            super().__init__(message, st, headers)
-    return E
-NotFoundError=_he(404); MethodError=_he(405); LengthError=_he(411); TooLargeError=_he(413); RequestTimeoutError=_he(408); TargetTooLongError=_he(414); ExpectationError=_he(417); HeadersTooLargeError=_he(431); TransferCodingError=_he(501); VersionError=_he(505)
-class ContentCodingError(HttpError):
-    def __init__(self, coding):
-        super().__init__(f"bodies are read as they are, not with Content-Encoding {coding[:40]!r}: send the JSON itself", 415, {"Accept-Encoding": "identity"})
-class UnauthorizedError(HttpError):
-    def __init__(self):
-        super().__init__("the Authorization header must be: Bearer KEY, with a key of this server", 401, {"WWW-Authenticate": "Bearer"})
-MAX_REQUEST_LINE_BYTES = 8192
+MAX_REQUEST_LINE_BYTES = 8192  # RFC 9112, 3 asks for at least 8,000
 MAX_HEADER_BYTES = 32768
 MAX_HEADERS = 100
 MAX_CHUNK_LINE_BYTES = 256
-MIN_BODY_BYTES_PER_S = 10_000
+MIN_BODY_BYTES_PER_S = 10_000  # a client that sends or reads more slowly is given up
+MAX_UNAUTHORIZED_BODY_BYTES = 65_536  # more is not read from a client without the key
 RECEIVE_BYTES = 1 << 16
-CUT_OFF_S = 1.0
-MAX_UNAUTHORIZED_BODY_BYTES = 1_000_000
-SEND_TIMEOUT_S = 30
-LINGER_S = 2.0
-PREFLIGHT_AGE_S = 600
-ACCEPT_PAUSE_S = 0.05
-MAX_TURNED_AWAY = 64
-class RerankServer(socketserver.ThreadingTCPServer):
+SEND_TIMEOUT_S = 30  # for a client that does not read its answer
+LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
+CUT_OFF_S = 1.0  # after --drain-s: for those who are told that their request will not be done
+ACCEPT_PAUSE_S = 0.05  # when the system gives no more file descriptors
+MAX_TURNED_AWAY = 64  # connections that read why they were not served
+PREFLIGHT_AGE_S = 600  # a browser asks again after it
+
+# -- What the server is given at its start ---------------------------------------------------------
+
+
+def api_key_digests(settings: Settings) -> list[bytes]:
+    """Empty: no key is asked for. Digests, since comparing strings of different lengths tells the
+    length. Raises SettingsError."""
+    keys = {"--api-key": settings.api_key} if settings.api_key else {}
+    if settings.api_key_file is not None:
+        keys |= _keys_of(settings.api_key_file)
+    for source, key in keys.items():
+        if not re.fullmatch(r"[!-~]+", key):
+            raise SettingsError(f"{source}: a key holds visible ASCII characters only, no spaces")
+    return [hashlib.sha256(key.encode()).digest() for key in keys.values()]
+
+
+def _keys_of(path: Path) -> dict[str, str]:
+    """By the place where each stands."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
+    keys = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.startswith("#"):
+            keys[f"--api-key-file: {path}, line {number}"] = line
+    if not keys:
+        raise SettingsError(f"--api-key-file: {path} holds no key")
+    return keys
+
+
+def allowed_origins(settings: Settings) -> frozenset[str]:
+    """Raises SettingsError."""
+    given = {origin.strip() for origin in settings.cors_origins.split(",")} - {""}
+    for origin in given:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
+            example = "https://app.example.com"
+            raise SettingsError(f"--cors-origins: {origin!r} is no origin, as {example} is")
+    return frozenset(given)
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """None: plain HTTP. Raises SettingsError."""
+    if settings.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A client that hangs up without TLS's goodbye needs no alert: lengths say what was cut off.
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # OpenSSL 3
+    context.set_alpn_protocols(["http/1.1"])
+    try:  # without a password OpenSSL would ask for one on the terminal
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:
+        files = f"--tls-cert {settings.tls_cert}, --tls-key {settings.tls_key}"
+        wrong = f"{files}: no PEM certificate with its unencrypted key: {error}"
+        raise SettingsError(wrong) from None
+    return context
+
+
+# -- Connections: who is let in, who makes room, how all of it stops -------------------------------
+
+
+class RerankServer(http.server.ThreadingHTTPServer):
     """One thread for each connection, and at most --max-connections of them.
 
-    Knows which connections wait for a request: they are closed first when the server is full, and when it stops.
+    It knows which connections are idle, that is, have no whole header: the longest idle one makes
+    room for a new client when the server is full, and those without a byte are closed at the stop.
     """
 
-    daemon_threads = True
-    request_queue_size = 256
-    allow_reuse_address = True
+    request_queue_size = 256  # prevents: a burst of clients is refused (the library has room for 5)
 
     def __init__(self, application: Application, settings: Settings) -> None:
+        """Raises SettingsError for keys, origins or a certificate, OSError for the address."""
         self.application, self.settings = application, settings
-        self.draining = self.is_cut_off = False
+        self.api_key_digests = api_key_digests(settings)
+        self.allowed_origins = allowed_origins(settings)
+        self.tls_context = tls_context(settings)
         self.bodies = ByteBudget(settings.max_bodies_mb * 1_000_000)
+        self.draining = self.is_cut_off = False
         self._changed = threading.Condition()  # guards _idle, _open and draining
-        self._idle: dict[socket.socket, None] = {}  # the longest idle first
-        self._open = 0
-        self._turned_away: deque[tuple[float, socket.socket]] = deque()  # the accepting thread's own
+        self._idle: dict[RerankHandler, None] = {}  # the longest idle first
+        self._open = 0  # connections
+        self._turned_away: deque[socket.socket] = deque(maxlen=MAX_TURNED_AWAY)
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), RerankHandler)
+        if self.tls_context is not None:  # each connection's own thread shakes hands
+            self.socket = self.tls_context.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
+
+    def server_bind(self) -> None:
+        """Prevents: looking up this host's name, which takes seconds where DNS is slow."""
+        socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[Any, Any]:
+        """Prevents: a loop that spins while no file descriptor is free."""
         try:
             return super().get_request()
-        except OSError:  # no file descriptor is free: the loop would come straight back
-            time.sleep(ACCEPT_PAUSE_S)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(ACCEPT_PAUSE_S)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._admit():
-            self._turn_away(request)
-            return
-        try:
+        """Prevents: any number of threads."""
+        if self._admit():
             super().process_request(request, client_address)
-        except RuntimeError:  # the system has no thread left
-            self._close_one()
+        else:
             self._turn_away(request)
 
     def _admit(self) -> bool:
-        """When all connections are taken, the one that has been idle for longest makes room. None is: False."""
+        """Counts a new connection. When there is no room, the longest idle one has to leave; False
+        when none is idle, or when too many that were told to leave are still there."""
         with self._changed:
-            if self._open >= self.settings.max_connections:
-                if not self._idle:
+            n_too_many = self._open - self.settings.max_connections
+            if n_too_many >= 0:
+                if not self._idle or n_too_many >= MAX_TURNED_AWAY:
                     return False
                 longest = next(iter(self._idle))
                 del self._idle[longest]
-                _stop_reading(longest)
+                longest.stop_reading()
             self._open += 1
             return True
 
     def _turn_away(self, connection: socket.socket) -> None:
-        """503, without waiting for the client: it has LINGER_S to read it."""
-        self._close_turned_away(keep=MAX_TURNED_AWAY - 1)
+        """503, without waiting for the client. The connection is held, its sending ended, until
+        MAX_TURNED_AWAY later ones were turned away: closing it with unread bytes would destroy
+        the answer."""
+        refusal = BusyError("all connections are in use")
+        body = json.dumps(refusal.body()).encode()
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nRetry-After: {refusal.headers['Retry-After']}\r\n"
+            "Connection: close\r\n\r\n"
+        )
         with contextlib.suppress(OSError):
             connection.setblocking(False)
-            if tls_context(self.settings) is None:  # a handshake would have to be waited for
-                connection.send(_message(_refusal(BusyError("all connections are in use")), is_last=True))
-            connection.shutdown(socket.SHUT_WR)
-        self._turned_away.append((time.monotonic() + LINGER_S, connection))
+            if self.tls_context is None:  # a handshake would have to be waited for
+                connection.send(head.encode() + body)
+            socket.socket.shutdown(connection, socket.SHUT_WR)
+        self._turned_away.append(connection)
 
-    def service_actions(self) -> None:
-        self._close_turned_away(keep=MAX_TURNED_AWAY)
-
-    def _close_turned_away(self, keep: int) -> None:
-        waiting = self._turned_away
-        while waiting and (len(waiting) > keep or waiting[0][0] < time.monotonic()):
-            _, connection = waiting.popleft()
-            with contextlib.suppress(OSError):  # what was sent is read, or closing would destroy the answer
-                connection.recv(RECEIVE_BYTES)
-            connection.close()
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._close_one()
-
-    def _close_one(self) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """The end of each connection that was admitted, also where no thread could be started."""
+        super().shutdown_request(request)
         with self._changed:
             self._open -= 1
             self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def idle(self, connection: socket.socket) -> Iterator[None]:
-        """While a connection waits for its next request. When draining, what has already arrived is still read."""
+    def becomes_idle(self, handler: RerankHandler) -> None:
+        """Until becomes_busy. While the server stops, only what has arrived is still read."""
         with self._changed:
-            self._idle[connection] = None
+            self._idle[handler] = None
             if self.draining:
-                _stop_reading(connection)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._idle.pop(connection, None)
+                handler.stop_reading()
+
+    def becomes_busy(self, handler: RerankHandler) -> None:
+        with self._changed:
+            self._idle.pop(handler, None)
 
     def drain(self, timeout_s: float) -> bool:
-        """Stops accepting, answers what has arrived, closes. False: some request was not done in time, and got 503."""
+        """Stops accepting, answers what has arrived, closes. False: some request was not done in
+        time, and got 503."""
         self.shutdown()
-        self._accept_the_rest()
+        while select.select([self.socket], [], [], 0)[0]:  # closing would reset what waits there
+            self.handle_request()
         self.server_close()
         with self._changed:
             self.draining = self.application.is_stopping = True
-            for connection in self._idle:
-                _stop_reading(connection)
-            is_done = self._changed.wait_for(lambda: self._open == 0, timeout_s)
+            for handler in self._idle:
+                if handler.is_silent:
+                    handler.stop_reading()
+            is_done = self._changed.wait_for(self._is_empty, timeout_s)
             self.is_cut_off = not is_done
             if self.is_cut_off:
-                self._changed.wait_for(lambda: self._open == 0, CUT_OFF_S)
-        self._close_turned_away(keep=0)
+                self._changed.wait_for(self._is_empty, CUT_OFF_S)
+        self._turned_away.clear()
         return is_done
 
-    def _accept_the_rest(self) -> None:
-        """Connections that the kernel has completed but nobody has accepted would be reset by closing."""
-        while select.select([self.socket], [], [], 0)[0]:
-            self.handle_request()
+    def _is_empty(self) -> bool:
+        return self._open == 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prevents: a traceback printed beside the log."""
         log.error("connection failed: %s", traceback.format_exc())
-
-
-def _stop_reading(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the client may be gone
-        socket.socket.shutdown(connection, socket.SHUT_RD)  # SSLSocket's own would end the sending, too
 
 
 class ByteBudget:
@@ -3771,521 +3826,512 @@ class ByteBudget:
             self._taken -= n_bytes
 
 
-# -- HTTP/1.1 as it arrives (RFC 9112). What leaves a doubt about where a request ends is refused, and the connection
-#    closes: requests are smuggled where two servers read the same bytes differently. ---------------------------------
+# -- HTTP/1.1 as it arrives (RFC 9112). What leaves a doubt about where a request ends is refused,
+#    and the connection closes: requests are smuggled where two servers read bytes differently.
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
-_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)  # no space before the colon: RFC 9112, 5.1
-_TARGET = re.compile(r"(?:(?i:https?)://[^/?#@]+|(?=/))(/[^?#]*)?(?:\?[^#]*)?")  # absolute or origin form
+_FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)  # no space before the colon
+_TARGET = re.compile(  # a path, or a URL
+    r"(?:(?i:https?)://[^/?#@]+|(?=/))(/[^?#]*)?(?:\?[^#]*)?"
+)
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-_ONCE = ("host", "content-length", "transfer-encoding")  # a second one is refused: RFC 9110, 8.6 and RFC 9112, 3.2
-
-
-@dataclass(frozen=True)
-class Head:
-    """A request line and header fields. fields: lower-case names; repeated ones are joined by commas (RFC 9110, 5.3).
-
-    length: of the body in bytes; None: not given. A chunked body has none.
-    """
-
-    method: str = ""
-    path: str = ""
-    version: tuple[int, int] = (1, 1)
-    fields: dict[str, str] = dataclasses.field(default_factory=dict)
-    length: int | None = None
-    is_chunked: bool = False
-
-    @staticmethod
-    def parse(request_line: bytes, lines: Sequence[bytes]) -> Head:
-        """Raises HttpError."""
-        if (parts := _REQUEST_LINE.fullmatch(request_line)) is None:
-            raise HttpError("the request line must be: METHOD TARGET HTTP/1.1")
-        method, target, version = parts[1].decode(), parts[2].decode(), (int(parts[3]), int(parts[4]))
-        if version[0] != 1:
-            raise VersionError(f"HTTP/{version[0]}.{version[1]} is not spoken here; HTTP/1.1 is")
-        fields = _parse_fields(lines)
-        if not _HOST.fullmatch(fields.get("host", "" if version == (1, 0) else "?")):
-            raise HttpError("a request needs one Host header, with a host in it")
-        return Head(method, _path_of(target, method), version, fields, *_framing(fields, version))
-
-    @property
-    def has_body(self) -> bool:
-        """Whether one follows, or may: a POST without a length is refused, but its client may send a body."""
-        if self.length is None:
-            return self.is_chunked or self.method in ("POST", "PUT", "PATCH")
-        return self.length > 0
-
-    @property
-    def is_last(self) -> bool:
-        wishes = {wish.strip().lower() for wish in self.fields.get("connection", "").split(",")}
-        return "close" in wishes or (self.version == (1, 0) and "keep-alive" not in wishes)
-
-    @property
-    def expects_continue(self) -> bool:
-        """Raises ExpectationError for an expectation that HTTP does not define."""
-        expected = self.fields.get("expect", "").lower()
-        if self.version == (1, 0) or not expected:
-            return False
-        if expected != "100-continue":
-            raise ExpectationError("the only expectation that can be met is 100-continue")
-        return self.is_chunked or bool(self.length)
-
-
-def _parse_fields(lines: Sequence[bytes]) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    for line in lines:
-        if (parts := _FIELD_LINE.fullmatch(line)) is None:
-            shown = line[:40].decode("latin-1")
-            raise HttpError(f"a header line must be one line, NAME: VALUE, without control characters, not {shown!r}")
-        name, value = parts[1].decode().lower(), parts[2].decode("latin-1").strip(" \t")
-        if name in fields:
-            if name in _ONCE:
-                raise HttpError(f"the {name} header is there twice")
-            value = f"{fields[name]}, {value}"
-        fields[name] = value
-    return fields
-
-
-def _path_of(target: str, method: str) -> str:
-    if target == "*" and method == "OPTIONS":
-        return target
-    if (parts := _TARGET.fullmatch(target)) is None:
-        raise HttpError(f"the request target must be a path or an http URL, not {target[:40]!r}")
-    return parts[1] or "/"
-
-
-def _framing(fields: dict[str, str], version: tuple[int, int]) -> tuple[int | None, bool]:
-    """(length, is_chunked), by RFC 9112, 6.1 to 6.3. Raises HttpError."""
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
-    if coding is not None:
-        if length is not None or version == (1, 0):
-            raise HttpError("Transfer-Encoding takes no Content-Length beside it, and HTTP/1.1")
-        if coding.lower() != "chunked":
-            raise TransferCodingError("the only transfer coding here is chunked")
-        return None, True
-    if length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
-        raise HttpError("the Content-Length header must be one number")
-    return None if length is None else int(length), False
-
-
-class RequestReader:
-    """Reads requests from one connection, within its deadlines. Its thread alone uses it."""
-
-    def __init__(self, connection: socket.socket, settings: Settings, bodies: ByteBudget) -> None:
-        self._connection, self._settings, self._bodies = connection, settings, bodies
-        self._buffer = bytearray()
-        self._deadline = 0.0
-        self._idle_s: float = settings.header_timeout_s  # for the first request
-        self._n_held = 0
-
-    def wait(self) -> bool:
-        """Until a request begins to arrive. False: the client has closed, or kept silent for too long."""
-        self._deadline = time.monotonic() + self._idle_s
-        self._idle_s = self._settings.keep_alive_s
-        try:
-            if not self._buffer:
-                self._receive()
-            if self._buffer == b"\r\n":  # some clients end a body with a line too many: RFC 9112, 2.2
-                self._buffer.clear()
-                self._receive()
-        except HttpError:
-            return False
-        return True
-
-    def read_head(self) -> Head:
-        """Raises HttpError."""
-        self._deadline = time.monotonic() + self._settings.header_timeout_s
-        request_line = self._line(MAX_REQUEST_LINE_BYTES, TargetTooLongError) or self._line(MAX_REQUEST_LINE_BYTES)
-        if not _REQUEST_LINE.fullmatch(request_line):
-            Head.parse(request_line, [])  # raises before headers are waited for, which HTTP/0.9 does not send
-        return Head.parse(request_line, self._lines())
-
-    def _lines(self) -> list[bytes]:
-        """Header or trailer lines, up to the empty one."""
-        lines: list[bytes] = []
-        room = MAX_HEADER_BYTES
-        while line := self._line(room, HeadersTooLargeError):
-            lines.append(line)
-            room -= len(line) + 2
-            if len(lines) > MAX_HEADERS:
-                raise HeadersTooLargeError(f"there are more than {MAX_HEADERS} header lines")
-        return lines
-
-    def read_body(self, head: Head, limit: int) -> bytes:
-        """At most limit bytes. Raises TooLargeError, BusyError or HttpError."""
-        self._deadline = time.monotonic() + self._settings.body_timeout_s
-        if (head.length or 0) > limit:
-            raise TooLargeError(f"the body has {head.length:,} bytes; at most {limit:,} are accepted")
-        if head.expects_continue:
-            self._connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray()
-        if head.is_chunked:
-            self._read_chunks(body, limit)
-        else:
-            self._read_into(body, head.length or 0)
-        return bytes(body)
-
-    def _read_chunks(self, body: bytearray, limit: int) -> None:
-        """RFC 9112, 7.1. Extensions and trailers are checked and ignored; a length or a host is no trailer."""
-        while size := self._chunk_size():
-            if len(body) + size > limit:
-                raise TooLargeError(f"the body has more than the {limit:,} bytes that are accepted")
-            self._read_into(body, size)
-            if self._line(MAX_CHUNK_LINE_BYTES):
-                raise HttpError("a chunk is longer than its size says")
-        if not _parse_fields(self._lines()).keys().isdisjoint(_ONCE):
-            raise HttpError("a trailer must not say how long the request is, or whom it is for")
-
-    def _chunk_size(self) -> int:
-        if (parts := _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE_BYTES))) is None:
-            raise HttpError("a chunk must begin with its size in hexadecimal digits")
-        return int(parts[1], 16)
-
-    def _read_into(self, body: bytearray, n_bytes: int) -> None:
-        """Each byte read prolongs the deadline, so that a large body may take longer, but not a slow one."""
-        while n_bytes:
-            if not self._buffer:
-                self._receive()
-            part = self._buffer[:n_bytes]
-            del self._buffer[:n_bytes]
-            self._bodies.take(len(part))
-            self._n_held += len(part)
-            body += part
-            n_bytes -= len(part)
-            self._deadline += len(part) / MIN_BODY_BYTES_PER_S
-
-    def release(self) -> None:
-        """The last body is no longer in memory."""
-        self._bodies.give_back(self._n_held)
-        self._n_held = 0
-
-    def _line(self, limit: int, too_long: type[HttpError] = HttpError) -> bytes:
-        """One line of at most limit bytes, without its CRLF. Some servers take a bare LF or CR for the end of a line
-        and others do not, so neither is taken here."""
-        searched = 0
-        while (end := self._buffer.find(b"\n", searched)) < 0 and len(self._buffer) < limit + 2:
-            searched = len(self._buffer)
-            self._receive()
-        line = bytes(self._buffer[: end + 1])
-        if end < 0 or len(line) > limit + 2:
-            raise too_long(f"a line of the request is longer than {limit:,} bytes")
-        if not line.endswith(b"\r\n") or line.find(b"\r") != end - 1:
-            raise HttpError("a line must end with CR LF, and have neither inside")
-        del self._buffer[: end + 1]
-        return line[:-2]
-
-    def _receive(self) -> None:
-        """Waits for more bytes. Raises RequestTimeoutError after the deadline, HttpError at the end of the stream."""
-        try:
-            self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
-            data = self._connection.recv(RECEIVE_BYTES)
-        except TimeoutError:
-            raise RequestTimeoutError("the request took too long to arrive") from None
-        if not data:
-            raise HttpError("the connection ended in the middle of a request")
-        self._buffer += data
-
-    def skip(self, seconds: float) -> None:
-        """Reads and drops what still arrives."""
-        self._deadline = time.monotonic() + seconds
-        with contextlib.suppress(HttpError):
-            while time.monotonic() < self._deadline:
-                self._buffer.clear()
-                self._receive()
-
-
-class HangUp:
-    """Whether the client of a connection has hung up, asked while its request is being answered.
-
-    A client that has closed and one that has only ended its own sending (shutdown) look the same at first: a FIN. The
-    second still wants its answer. So after a FIN an interim answer is sent, which every client must skip (RFC 9110,
-    15.2): the kernel of a closed one replies with a reset. HTTP/1.0 has no interim answers: its clients are served on.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.version = (1, 1)
-        self._connection, self._ask_at = connection, math.inf  # time.monotonic()
-
-    def __call__(self) -> bool:
-        poll = select.poll()
-        poll.register(self._connection, _POLL_FIN)
-        events = dict(poll.poll(0)).get(self._connection.fileno(), 0)
-        if events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
-            return True
-        if events & _POLL_FIN and self.version >= (1, 1):
-            return self._is_reset_when_asked()
-        return False
-
-    def _is_reset_when_asked(self) -> bool:
-        """Asks once, and not when the answer comes at once."""
-        if self._ask_at == math.inf:
-            self._ask_at = time.monotonic() + HANG_UP_POLL_S / 2
-        elif 0 < self._ask_at < time.monotonic():
-            self._ask_at = -math.inf
-            try:
-                self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError:
-                return True
-        return False
-
-
+_ONCE = ("host", "content-length", "transfer-encoding")  # RFC 9110, 8.6 and RFC 9112, 3.2
 _POLL_FIN = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere only a reset is seen
 
 
-def _timeout_s(head: Head) -> float:
-    """X-Request-Timeout-Ms. Raises BadRequestError."""
-    given = head.fields.get("x-request-timeout-ms")
-    if given is None:
-        return math.inf
-    if not re.fullmatch(r"[0-9]{1,9}", given) or int(given) == 0:
-        raise BadRequestError("the X-Request-Timeout-Ms header must be a number of milliseconds, at least 1")
-    return int(given) / 1000
+class DeadlineStream(io.RawIOBase):
+    """A connection's bytes, until a deadline. A socket's own time-out is for each read, and a
+    client that sends a byte now and then never meets it. Its thread alone uses it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._deadline, self._bytes_per_s = 0.0, math.inf
+
+    def allow(self, seconds: float, bytes_per_s: float = math.inf) -> None:
+        """From now on; and more for what arrives: a large body may take longer, not a slow one."""
+        self._deadline, self._bytes_per_s = time.monotonic() + seconds, bytes_per_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """io.BufferedReader's hook. Raises HttpError 408 and ClientGoneError."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise HttpError("the request took too long to arrive", 408)
+        try:
+            self._connection.settimeout(left_s)
+            n_bytes = self._connection.recv_into(buffer)
+        except TimeoutError:
+            raise HttpError("the request took too long to arrive", 408) from None
+        except OSError:
+            raise ClientGoneError() from None
+        self._deadline += n_bytes / self._bytes_per_s
+        return n_bytes
 
 
-class RerankHandler(socketserver.BaseRequestHandler):
-    """Reads one request after the other from a connection and writes exactly one answer to each."""
+class RerankHandler(http.server.BaseHTTPRequestHandler):
+    """Reads one request after the other from a connection and writes exactly one answer to each.
+
+    From http.server come the loop (handle), the names (command, path, headers, close_connection)
+    and the writing of heads (send_response, send_header). The reading is replaced.
+    """
 
     server: RerankServer
+    rfile: io.BufferedReader
+    wfile: io.BytesIO
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        self.connection: socket.socket = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if (context := tls_context(self.server.settings)) is not None:
-            self.connection = context.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
-        self._reader = RequestReader(self.connection, self.server.settings, self.server.bodies)
+        super().setup()
+        self.is_silent, self.is_stopped = True, False  # sends nothing yet; is told to close
+        self._stream = DeadlineStream(self.connection)
+        self.rfile = io.BufferedReader(self._stream)
+        self._idle_s: float = self.server.settings.header_timeout_s  # for the first request
+        self._n_counted = 0  # bytes of the body in the server's budget
+        self._begin(Call())
+
+    def stop_reading(self) -> None:
+        """Any thread. What has arrived is still read."""
+        self.is_stopped = True
+        with contextlib.suppress(OSError):  # SSLSocket's own shutdown would end the sending, too
+            socket.socket.shutdown(self.connection, socket.SHUT_RD)
 
     def handle(self) -> None:
+        """Prevents: one client's TLS handshake holds up all; a traceback when a client is gone."""
         with contextlib.suppress(OSError, ClientGoneError):
-            self._shake_hands()
-            while self._wait():
-                self._answer()
-                if self._is_last:
-                    break
-
-    def _shake_hands(self) -> None:
-        if isinstance(self.connection, ssl.SSLSocket):
-            with self.server.idle(self.connection):
+            if isinstance(self.connection, ssl.SSLSocket):
+                self.server.becomes_idle(self)
                 self.connection.settimeout(self.server.settings.header_timeout_s)
                 self.connection.do_handshake()
+            super().handle()
 
     def finish(self) -> None:
+        self.server.becomes_busy(self)
+        super().finish()
         if isinstance(self.connection, ssl.SSLSocket):
-            with self.connection, contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
                 self.connection.settimeout(LINGER_S)
                 self.connection.unwrap()  # tells the client that nothing was cut off
 
-    def _wait(self) -> bool:
-        with self.server.idle(self.connection):
-            return self._reader.wait()
+    # -- One request -------------------------------------------------------------------------------
 
-    def _answer(self) -> None:
-        """Reads a request and writes its answer."""
-        self._hang_up = HangUp(self.connection)
-        self._call = Call(self._hang_up, lambda: self.server.is_cut_off)
-        self._head, self._raw, self._is_last, self._is_unread = Head(), b"", True, True
+    def handle_one_request(self) -> None:
+        """Prevents: errors in HTML, 501 where 405 is meant, idle connections that hold requests."""
+        self.close_connection = True
+        if not self._arrives():
+            return
         try:
-            response = self._respond()
-        except ClientGoneError as error:
-            self._record(error.status)
-            raise
-        except RequestError as error:
-            response = self._refuse(error)
-        except ModelError as error:
-            log.error("%s", error)
-            response = self._refuse(UnavailableError(f"the model could not be loaded: {error}"))
-        except OSError:
-            raise
-        except Exception:
-            log.error("%s %s failed: %s", self._head.method, self._head.path, traceback.format_exc())
-            response = self._refuse(EngineError("internal error; see the server's log"))
+            self._begin(Call(is_gone=self._is_gone, is_cut_off=self._is_cut_off))
+            answer = self._answer()
         finally:
-            self._reader.release()
-        self._send(response)
+            self._begin(Call())
+        self._write(answer)
         if self._is_unread:
             self._linger()
 
-    def _refuse(self, error: RequestError) -> Response:
-        return _refusal(error, is_tei=ERRORS_AS_TEXT.search(self._raw) is not None)
+    def _arrives(self) -> bool:
+        """Until a request begins. False: the client has closed, or was silent for too long."""
+        self.is_silent = True
+        self.server.becomes_idle(self)
+        self._stream.allow(self._idle_s)
+        self._idle_s = self.server.settings.keep_alive_s
+        try:
+            if self.rfile.peek(1) == b"\r\n":  # some end a body with a line too many: RFC 9112, 2.2
+                self.rfile.read(2)
+            self.is_silent = self.rfile.peek(1) == b""
+        except HttpError:
+            return False
+        return not self.is_silent
+
+    def _begin(self, call: Call) -> None:
+        """Forgets the last request, so that an idle connection holds nothing of it."""
+        self.server.bodies.give_back(self._n_counted)
+        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
+        self.headers, self.wfile = http.client.HTTPMessage(), io.BytesIO()
+        self._call, self._body, self._n_counted = call, b"", 0
+        self._length: int | None = None  # of the body in bytes; None: not given
+        self._is_chunked = False
+
+    def _is_gone(self) -> bool:
+        """A FIN counts, as nginx and uvicorn count it; not the end that stop_reading makes."""
+        poll = select.poll()
+        poll.register(self.connection, _POLL_FIN)
+        return not self.is_stopped and poll.poll(0) != []
+
+    def _is_cut_off(self) -> bool:
+        return self.server.is_cut_off
+
+    def _answer(self) -> bytes:
+        """Reads a request and makes the answer. Whatever the application raises is answered: what
+        befalls the connection itself is a ClientGoneError."""
+        self._is_unread = True
+        try:
+            response = self._respond()
+        except ClientGoneError as error:
+            self.log_request(error.status)
+            raise
+        except Exception as error:
+            response = self._refusal(error)
+        return self._message(response)
 
     def _respond(self) -> Response:
-        head = self._head = self._reader.read_head()
-        self._is_last, self._is_unread = head.is_last, head.has_body
-        self._hang_up.version = head.version
-        handler = self._handler_of(head)
-        self._call.path = head.path
-        is_authorized = endpoint_of(head.method, head.path) in OPEN_ENDPOINTS or head.method == "OPTIONS" or self._has_key(head)
-        if not is_authorized and (head.expects_continue or (head.length or 0) > MAX_UNAUTHORIZED_BODY_BYTES):
-            raise UnauthorizedError()
-        self._raw = self._read_body(head)
-        if not is_authorized:  # only now: the shape of the answer depends on the body
-            raise UnauthorizedError()
-        self._call.timeout_s, self._call.accept = _timeout_s(head), head.fields.get("accept", "")
-        return handler(self._raw, self._call)
+        self._stream.allow(self.server.settings.header_timeout_s)
+        self.parse_request()
+        self.server.becomes_busy(self)
+        handler = self._handler()
+        has_key = self._has_key()
+        if not has_key and self._has_long_body():
+            raise _unauthorized()
+        self._body = b"".join(self._parts(is_counted=has_key))
+        self._is_unread = False
+        is_open = endpoint_of(self.command, self.path) in OPEN_ENDPOINTS
+        if not (has_key or is_open or self.command == "OPTIONS"):
+            raise _unauthorized()  # only now: the shape of the answer depends on the body
+        call = self._call
+        call.path, call.accept, call.timeout_s = self.path, self._field("accept"), self._timeout_s()
+        return handler(self._body, self._call)
 
-    def _handler_of(self, head: Head) -> Handler:
-        methods = self.server.application.routes.get(endpoint_of(head.method, head.path) or "", {})
-        if "POST" not in methods and head.path == "/": methods = {**methods, "POST": self.server.application.rerank}
-        if not methods and head.path != "*":
-            raise NotFoundError(f"there is no {head.path[:200]!r} here; a client's base URL is http://HOST:PORT or http://HOST:PORT/v1")
-        allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
-        if head.method == "OPTIONS":
-            return lambda raw, call: Response(204, None, {"Allow": allowed})
-        handler = methods.get("GET" if head.method == "HEAD" else head.method)
+    def _methods(self) -> dict[str, Handler]:
+        """What the path takes. Raises HttpError 404."""
+        if self.path == "*":
+            return {}
+        routes, methods = self.server.application.routes, dict[str, Handler]()
+        for method in ("GET", "POST"):
+            handler = routes.get(endpoint_of(method, self.path) or "", {}).get(method)
+            methods |= {method: handler} if handler else {}
+        if not methods:
+            url = f"http://{self._field('host') or 'HOST:PORT'}"
+            message = f"there is no {self.path[:200]!r} here; a base URL is {url} or {url}/v1"
+            raise HttpError(message, 404)
+        return methods
+
+    def _handler(self) -> Handler:
+        """Raises HttpError 404 and 405."""
+        methods = self._methods()
+        takes = [*methods, "HEAD"] if "GET" in methods else [*methods]
+        allowed = ", ".join([*takes, "OPTIONS"])
+        if self.command == "OPTIONS":
+            return functools.partial(_answer_options, allowed)
+        handler = methods.get("GET" if self.command == "HEAD" else self.command)
         if handler is None:
-            raise MethodError(f"{head.path} takes {allowed}, not {head.method[:20]}", headers={"Allow": allowed})
+            message = f"{self.path} takes {allowed}, not {self.command[:20]}"
+            raise HttpError(message, 405, {"Allow": allowed})
         return handler
 
-    def _has_key(self, head: Head) -> bool:
-        """True where none is asked for. Compares with every key, so that the time does not tell which one was near."""
-        scheme, _, given = head.fields.get("authorization", "").partition(" ")
+    def _has_key(self) -> bool:
+        """True where none is asked for. Compares with every key, so that the time does not tell
+        which one was near."""
+        scheme, _, given = self._field("authorization").partition(" ")
         digest = hashlib.sha256(given.strip().encode()).digest()
-        keys = api_key_digests(self.server.settings)
+        keys = self.server.api_key_digests
         is_one_of_them = sum(hmac.compare_digest(digest, key) for key in keys) > 0
         return not keys or (is_one_of_them and scheme.lower() == "bearer")
 
-    def _read_body(self, head: Head) -> bytes:
-        if head.method == "POST" and head.length is None and not head.is_chunked:
-            raise LengthError("the request needs a Content-Length header, or a chunked body")
-        if (coding := head.fields.get("content-encoding", "identity").lower()) not in ("identity", ""):
-            raise ContentCodingError(coding)
-        body = self._reader.read_body(head, self.server.settings.max_body_mb * 1_000_000)
-        self._is_unread = False
-        return body
+    def _has_long_body(self) -> bool:
+        """Longer than what is read, uncounted, from a client without a key."""
+        is_announced = self._is_chunked or self._expects_continue()
+        return is_announced or (self._length or 0) > MAX_UNAUTHORIZED_BODY_BYTES
 
-    def _send(self, response: Response) -> None:
-        self._is_last = self._is_last or self._is_unread or self.server.draining
-        response.headers.update({"X-Request-Id": self._request_id(), "Server-Timing": self._timing()})
-        response.headers.update(self._cross_origin_headers(response))
-        message = _message(response, self._is_last, has_payload=self._head.method != "HEAD")
-        self._record(response.status)
-        self.connection.settimeout(SEND_TIMEOUT_S + len(message) / MIN_BODY_BYTES_PER_S)
-        self.connection.sendall(message)
+    def _timeout_s(self) -> float:
+        """X-Request-Timeout-Ms. Raises BadRequestError."""
+        given = self.headers.get("x-request-timeout-ms", "3600000000")
+        if not re.fullmatch(r"[0-9]{1,10}", given) or int(given) == 0:
+            raise BadRequestError(
+                "the X-Request-Timeout-Ms header must be a number of milliseconds, at least 1"
+            )
+        return int(given) / 1000
 
-    def _cross_origin_headers(self, response: Response) -> dict[str, str]:
-        """What tells a browser that a page of an allowed origin may ask, and read the answer (Fetch standard, 3.3)."""
-        allowed, origin = allowed_origins(self.server.settings), self._head.fields.get("origin", "")
+    def _refusal(self, error: Exception) -> Response:
+        if isinstance(error, ModelError):
+            log.error("%s", error)
+            error = UnavailableError(f"the model could not be loaded: {error}")
+        if not isinstance(error, RequestError):
+            log.error("%s %s failed", self.command, self.path[:200], exc_info=error)
+            error = EngineError("internal error; see the server's log")
+        is_text = ERRORS_AS_TEXT.search(self._body) is not None
+        return Response(error.status, error.body(is_text), error.headers)
+
+    # -- Reading -----------------------------------------------------------------------------------
+
+    def parse_request(self) -> bool:
+        """The head, by RFC 9112. Prevents: HTTP/0.9, bare LFs, folded and broken header lines, two
+        lengths, an ignored Transfer-Encoding, 6 MB of headers. Raises HttpError."""
+        line = self._line(MAX_REQUEST_LINE_BYTES, 414) or self._line(MAX_REQUEST_LINE_BYTES, 414)
+        parts = _REQUEST_LINE.fullmatch(line)
+        if parts is None:
+            raise HttpError("the request line must be: METHOD TARGET HTTP/1.1")
+        self.command, target, major, minor = (part.decode() for part in parts.groups())
+        if major != "1":
+            raise HttpError(f"HTTP/{major}.{minor} is not spoken here; HTTP/1.1 is", 505)
+        self.request_version = f"HTTP/1.{minor}"
+        self.headers = self._fields()
+        is_missing = "host" not in self.headers and minor != "0"
+        if is_missing or not _HOST.fullmatch(self._field("host")):
+            raise HttpError("a request needs one Host header, with a host in it")
+        self.path = self._path_of(target)
+        self._find_length()
+        wishes = [wish.strip() for wish in self._field("connection").lower().split(",")]
+        self.close_connection = "close" in wishes or (minor == "0" and "keep-alive" not in wishes)
+        return True
+
+    def _path_of(self, target: str) -> str:
+        """Without the query. Raises HttpError."""
+        if target == "*" and self.command == "OPTIONS":
+            return target
+        parts = _TARGET.fullmatch(target)
+        if parts is None:
+            shown = repr(target[:40])
+            raise HttpError(f"the request target must be a path or an http URL, not {shown}")
+        return parts[1] or "/"
+
+    def _find_length(self) -> None:
+        """By RFC 9112, 6.1 to 6.3. Raises HttpError."""
+        length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
+        if coding is not None:
+            if length is not None or self.request_version == "HTTP/1.0":
+                raise HttpError("Transfer-Encoding takes no Content-Length beside it, and HTTP/1.1")
+            if coding.lower() != "chunked":
+                raise HttpError("the only transfer coding here is chunked", 501)
+            self._is_chunked = True
+        elif length is not None:
+            if not re.fullmatch(r"[0-9]{1,15}", length):
+                raise HttpError("the Content-Length header must be one number")
+            self._length = int(length)
+        # A POST without a length is refused, but its client may send a body.
+        may_have_body = self._is_chunked or self.command in ("POST", "PUT", "PATCH")
+        self._is_unread = may_have_body if self._length is None else self._length > 0
+
+    def _fields(self) -> http.client.HTTPMessage:
+        """Header or trailer fields, up to the empty line. Raises HttpError."""
+        fields, room = http.client.HTTPMessage(), MAX_HEADER_BYTES
+        while line := self._line(room, 431):
+            room -= len(line) + 2
+            parts = _FIELD_LINE.fullmatch(line)
+            if parts is None:
+                must = "a header line must be one line, NAME: VALUE, without control characters"
+                raise HttpError(f"{must}, not {line[:40].decode('latin-1')!r}")
+            name = parts[1].decode()
+            if name.lower() in _ONCE and name in fields:
+                raise HttpError(f"the {name.lower()} header is there twice")
+            fields[name] = parts[2].decode("latin-1").strip(" \t")
+            if len(fields) > MAX_HEADERS:
+                raise HttpError(f"there are more than {MAX_HEADERS} header lines", 431)
+        return fields
+
+    def _field(self, name: str) -> str:
+        """Empty where there is none; repeated ones are joined by commas: RFC 9110, 5.3."""
+        return ", ".join(self.headers.get_all(name, []))
+
+    def _line(self, limit: int, status: int = 400) -> bytes:
+        """One line of at most limit bytes, without its CRLF. Some servers take a bare LF or CR for
+        the end of a line and others do not, so neither is taken here."""
+        line = self.rfile.readline(limit + 3)
+        if len(line) > limit + 2:
+            raise HttpError(f"a line of the request is longer than {limit:,} bytes", status)
+        if not line.endswith(b"\n"):
+            raise self._end()
+        if not line.endswith(b"\r\n") or b"\r" in line[:-2]:
+            raise HttpError("a line must end with CR LF, and have neither inside")
+        return line[:-2]
+
+    def _end(self) -> RequestError:
+        """Why there is no more of a request."""
+        if self.is_stopped:
+            return BusyError("the server closes this connection to make room, or because it stops")
+        return HttpError("the connection ended in the middle of a request")
+
+    def _expects_continue(self) -> bool:
+        """Raises HttpError for an expectation that HTTP does not define."""
+        expected = self._field("expect").lower()
+        if self.request_version == "HTTP/1.0" or not expected:
+            return False
+        if expected != "100-continue":
+            raise HttpError("the only expectation that can be met is 100-continue", 417)
+        return self._is_chunked or bool(self._length)
+
+    def _parts(self, is_counted: bool) -> Iterator[bytes]:
+        """The body. is_counted: in the budget for bodies. Raises HttpError and BusyError."""
+        limit = self.server.settings.max_body_mb * 1_000_000
+        self._check_body(limit)
+        self._stream.allow(self.server.settings.body_timeout_s, MIN_BODY_BYTES_PER_S)
+        if self._expects_continue():  # prevents: a body is invited, and then refused
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        for part in self._chunks(limit) if self._is_chunked else self._read(self._length or 0):
+            if is_counted:
+                self.server.bodies.take(len(part))
+                self._n_counted += len(part)
+            yield part
+
+    def _check_body(self, limit: int) -> None:
+        """What is known before it arrives. Raises HttpError."""
+        if self.command == "POST" and self._length is None and not self._is_chunked:
+            raise HttpError("the request needs a Content-Length header, or a chunked body", 411)
+        coding = self._field("content-encoding").lower()
+        if coding not in ("identity", ""):
+            must = "bodies are read as they are, not with Content-Encoding"
+            identity = {"Accept-Encoding": "identity"}  # RFC 9110, 15.5.16
+            raise HttpError(f"{must} {coding[:40]!r}: send the JSON itself", 415, identity)
+        if self._length is not None and self._length > limit:
+            found = f"the body has {self._length:,} bytes"
+            raise HttpError(f"{found}; at most {limit:,} are accepted", 413)
+
+    def _chunks(self, limit: int) -> Iterator[bytes]:
+        """RFC 9112, 7.1. Trailers are checked and ignored. Raises HttpError."""
+        n_bytes = 0
+        while size := self._chunk_size():
+            n_bytes += size
+            if n_bytes > limit:
+                raise HttpError(f"the body has more than the {limit:,} bytes accepted", 413)
+            yield from self._read(size)
+            if self._line(MAX_CHUNK_LINE_BYTES):
+                raise HttpError("a chunk is longer than its size says")
+        trailer = self._fields()
+        if any(name in trailer for name in _ONCE):
+            raise HttpError("a trailer must not say how long the request is, or whom it is for")
+
+    def _chunk_size(self) -> int:
+        """Extensions are checked and ignored."""
+        parts = _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE_BYTES))
+        if parts is None:
+            raise HttpError("a chunk must begin with its size in hexadecimal digits")
+        return int(parts[1], 16)
+
+    def _read(self, n_bytes: int) -> Iterator[bytes]:
+        """In parts, so that each is counted before the next one is read."""
+        while n_bytes:
+            part = self.rfile.read1(min(n_bytes, RECEIVE_BYTES))
+            if not part:
+                raise self._end()
+            n_bytes -= len(part)
+            yield part
+
+    # -- Writing -----------------------------------------------------------------------------------
+
+    def _message(self, response: Response) -> bytes:
+        """Head and body, to leave in one write. Prevents: 40 ms until the first one is
+        acknowledged. The response's headers may be another request's, too: they are copied."""
+        payload = _payload(response)
+        headers = {**response.headers, "X-Request-Id": self._request_id()}
+        times = [f"{name};dur={value:.1f}" for name, value in self._milliseconds().items()]
+        headers["Server-Timing"] = ", ".join(times)  # W3C's, in milliseconds
+        headers |= self._cross_origin_headers(headers)
+        if payload:  # 204 takes no length: RFC 9110, 8.6
+            is_page = isinstance(response.body, str)
+            headers["Content-Type"] = response.page_type if is_page else "application/json"
+            headers["Content-Length"] = str(len(payload))
+        headers |= self._connection_headers()
+        self.send_response(response.status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(payload)
+        return self.wfile.getvalue()
+
+    def _connection_headers(self) -> dict[str, str]:
+        """A pool that knows the time does not reuse a connection that is about to close."""
+        must_close = self._is_unread or self.is_stopped or self.server.draining
+        if self.close_connection or must_close:
+            return {"Connection": "close"}
+        timeout = f"timeout={self.server.settings.keep_alive_s}"
+        return {"Connection": "keep-alive", "Keep-Alive": timeout}
+
+    def _write(self, data: bytes) -> None:
+        """Prevents: a client that does not read its answer holds a thread. Raises
+        ClientGoneError."""
+        try:
+            self.connection.settimeout(SEND_TIMEOUT_S + len(data) / MIN_BODY_BYTES_PER_S)
+            self.connection.sendall(data)
+        except OSError:
+            raise ClientGoneError() from None
+
+    def _linger(self) -> None:
+        """Prevents: an answer is lost, since closing with unread data resets the connection."""
+        if not isinstance(self.connection, ssl.SSLSocket):
+            self.connection.shutdown(socket.SHUT_WR)
+        self._stream.allow(LINGER_S)
+        with contextlib.suppress(HttpError):
+            while self._stream.read(RECEIVE_BYTES):
+                pass
+
+    def version_string(self) -> str:
+        """Prevents: the Server header tells Python's version."""
+        return f"rerank-server/{__version__}"
+
+    def _cross_origin_headers(self, headers: dict[str, str]) -> dict[str, str]:
+        """What tells a browser that a page of an allowed origin may ask, and read the answer
+        (Fetch standard, 3.3)."""
+        allowed, origin = self.server.allowed_origins, self._field("origin")
         if not allowed:
             return {}
-        headers = {"Vary": "Origin"}
-        if origin in allowed or (origin and "*" in allowed):
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = ", ".join(response.headers)
-            if self._head.method == "OPTIONS":
-                asked = self._head.fields.get("access-control-request-headers", "")
-                headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "")
-                headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
-                headers["Access-Control-Max-Age"] = str(PREFLIGHT_AGE_S)
-        return headers
+        if origin not in allowed and not (origin and "*" in allowed):
+            return {"Vary": "Origin"}
+        own = {"Vary": "Origin", "Access-Control-Allow-Origin": origin}
+        own["Access-Control-Expose-Headers"] = ", ".join(headers)
+        if self.command == "OPTIONS":
+            own |= self._preflight_headers(headers.get("Allow", ""))
+        return own
+
+    def _preflight_headers(self, methods: str) -> dict[str, str]:
+        asked = self._field("access-control-request-headers")
+        own = {
+            "Access-Control-Allow-Methods": methods,
+            "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
+            "Access-Control-Max-Age": str(PREFLIGHT_AGE_S),
+        }
+        if self._field("access-control-request-private-network") == "true":  # a page from outside
+            own["Access-Control-Allow-Private-Network"] = "true"
+        return own
 
     def _request_id(self) -> str:
         """The client's, if it is printable and short."""
-        given = self._head.fields.get("x-request-id", "")
-        if not _REQUEST_ID.fullmatch(given):
-            given = self._head.fields["x-request-id"] = uuid.uuid4().hex
-        return given
-
-    def _timing(self) -> str:
-        """Server-Timing (W3C), in milliseconds."""
-        return ", ".join(f"{name};dur={value:.1f}" for name, value in self._milliseconds().items())
+        if not re.fullmatch(r"[\x21-\x7e]{1,128}", self._field("x-request-id")):
+            del self.headers["x-request-id"]
+            self.headers["x-request-id"] = uuid.uuid4().hex
+        return self._field("x-request-id")
 
     def _milliseconds(self) -> dict[str, float]:
         call = self._call
-        seconds = {"queue": call.queue_s, "tokenise": call.tokenise_s, "inference": call.inference_s,
-                   "total": call.seconds}  # fmt: skip
+        seconds = {"queue": call.queue_s, "tokenise": call.tokenise_s}
+        seconds |= {"inference": call.inference_s, "total": call.seconds}
         return {name: round(value * 1000, 1) for name, value in seconds.items()}
 
-    def _record(self, status: int) -> None:
-        """One line in the log, and the metrics."""
-        application, head, call = self.server.application, self._head, self._call
-        route = endpoint_of(head.method, head.path) or "other"
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """With each answer: one line in the log, and the metrics. Prevents: lines on stderr."""
+        application, call, status = self.server.application, self._call, int(code)
+        route = endpoint_of(self.command, self.path) or "other"
         application.metrics.requests.labels(route, str(status)).inc()
         application.metrics.request_seconds.labels(route).observe(call.seconds)
-        fields: dict[str, Any] = {
-            "id": self._request_id(), "method": head.method or "?", "path": head.path[:200], "status": status,
-            "pairs": call.n_pairs, "tokens": call.n_tokens,
-            **{f"{name}_ms": value for name, value in self._milliseconds().items()},
-        }  # fmt: skip
+        fields: dict[str, Any] = {"id": self._request_id(), "method": self.command or "?"}
+        fields |= {"path": self.path[:200], "status": status}
+        fields |= {"pairs": call.n_pairs, "tokens": call.n_tokens}
+        fields |= {f"{name}_ms": value for name, value in self._milliseconds().items()}
         if self.server.settings.log_texts and call.request is not None:
             fields |= {"queries": call.request.queries, "passages": call.request.passages}
-        log.info("%s %s %d", fields["method"], fields["path"], status, extra={"fields": fields})
-
-    def _linger(self) -> None:
-        """Closing with unread data would destroy our answer."""
-        if not isinstance(self.connection, ssl.SSLSocket):
-            self.connection.shutdown(socket.SHUT_WR)
-        self._reader.skip(LINGER_S)
+        shown = f"{fields['method']} {fields['path']} {status}"
+        log.info("%s", shown, extra={"fields": fields})
 
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_TEI_KEY = re.compile(rb'"texts"[ \t\r\n]*:')
+def _unauthorized() -> HttpError:
+    must = "the Authorization header must be: Bearer KEY, with a key of this server"
+    return HttpError(must, 401, {"WWW-Authenticate": "Bearer"})
 
 
-def _refusal(error: RequestError, is_tei: bool = False) -> Response:
-    return Response(error.status, error.body(is_tei), error.headers)
+def _answer_options(allowed: str, raw: bytes, call: Call) -> Response:
+    return Response(204, None, {"Allow": allowed})
 
 
-def _message(response: Response, is_last: bool, has_payload: bool = True) -> bytes:
-    """The bytes of an answer. They leave in one write: none waits for the client's acknowledgement of others."""
-    is_page = isinstance(response.body, str)
-    text = response.body if is_page else json.dumps(response.body, ensure_ascii=False) + "\n"
-    payload = b"" if response.status == http.HTTPStatus.NO_CONTENT else text.encode("utf-8", "replace")
-    headers = {"Server": f"rerank-server/{__version__}", "Date": email.utils.formatdate(usegmt=True)}
-    if payload:  # 204 takes no length: RFC 9110, 8.6
-        headers["Content-Type"] = response.page_type if is_page else "application/json"
-        headers["Content-Length"] = str(len(payload))
-    headers |= response.headers | ({"Connection": "close"} if is_last else {})
-    lines = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + (payload if has_payload else b"")
+def _payload(response: Response) -> bytes:
+    if response.status == http.HTTPStatus.NO_CONTENT:
+        return b""
+    if isinstance(response.body, str):
+        return response.body.encode("utf-8", "replace")
+    return (json.dumps(response.body, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
-
-
-
-@functools.cache
-def api_key_digests(settings):
-    keys = {"--api-key": settings.api_key} if settings.api_key else {}
-    if settings.api_key_file:
-        path = settings.api_key_file
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
-        numbered = {f"--api-key-file: {path}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
-        found = {place: line for place, line in numbered.items() if line and not line.startswith("#")}
-        if not found:
-            raise SettingsError(f"--api-key-file: {path} holds no key")
-        keys |= found
-    for source, key in keys.items():
-        if not re.fullmatch(r"[!-~]+", key):
-            raise SettingsError(f"{source}: a key holds visible ASCII characters only, and no spaces")
-    return [hashlib.sha256(key.encode()).digest() for key in keys.values()]
-
-
-@functools.cache
-def allowed_origins(settings):
-    origins = frozenset(origin.strip() for origin in settings.cors_origins.split(",") if origin.strip())
-    for origin in origins:
-        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
-            raise SettingsError(f"--cors-origins: {origin!r} is no origin; they look like https://app.example.com")
-    return origins
-
-
-@functools.cache
-def tls_context(settings):
-    if settings.tls_cert is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except (OSError, ValueError) as error:
-        files = f"--tls-cert {settings.tls_cert}, --tls-key {settings.tls_key}"
-        raise SettingsError(f"{files}: no PEM certificate with its unencrypted key: {error}") from None
-    return context
 
 # --------------------------------------------------------------------------------------------------
 # Start, check, stop

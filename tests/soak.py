@@ -356,19 +356,6 @@ def hangs_up(soak: Soak, draw: random.Random) -> int | None:
     return None
 
 
-def half_closes(soak: Soak, draw: random.Random) -> int | None:
-    q, ps = drawn(soak, draw, 40)
-    with closing(soak.connect()) as connection:
-        send(connection, message("/rerank", {"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}))
-        with contextlib.suppress(OSError):  # see send
-            connection.shutdown(socket.SHUT_WR)
-        status, found = answer(connection)
-    if status == 200:
-        for p, score in zip(ps, found, strict=True):
-            soak.compare(False, q, p, score)
-    return status
-
-
 def in_slow_chunks(soak: Soak, draw: random.Random) -> int | None:
     q, ps = drawn(soak, draw, 20)
     payload = json.dumps({"query": soak.queries[q], "passages": [soak.passages[p] for p in ps]}).encode()
@@ -423,7 +410,6 @@ KINDS = (
     Kind("two stages", 5, in_two_stages, (200,)),
     Kind("with a deadline of 1 ms to 8 s", 10, late, (200, 504)),
     Kind("hangs up", 10, hangs_up, (None,)),
-    Kind("ends its own sending", 5, half_closes, (200,)),
     Kind("body in slow chunks", 5, in_slow_chunks, (200,)),
     Kind("three on one connection", 5, stays, (200,)),
     Kind("body too large", 5, is_too_large, (413,)),

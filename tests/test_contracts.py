@@ -589,7 +589,7 @@ def test_an_error_is_written_for_the_request_that_it_answers(served: Served) -> 
     """On one connection: TEI's clients need `error` to be a string, but that says nothing about the next request."""
     tei = json.dumps(TEI.body([3])).encode()
     one = b"POST /rerank HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(tei), tei)
-    answers = served.raw(one + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n", half_close=True).decode()
+    answers = served.raw(one + b"GET /nothing HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").decode()
     first, second = (json.loads(line) for line in answers.split("\n") if line.startswith("{"))
     assert isinstance(first["error"], str)
     assert isinstance(second["error"], dict)

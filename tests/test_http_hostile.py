@@ -361,7 +361,9 @@ def test_close_is_kept_and_what_was_pipelined_behind_it_is_not_answered(wire: Wi
 @pytest.mark.parametrize(("connection", "is_kept"), [(b"", False), (b"Connection: keep-alive\r\n", True)])
 def test_http_1_0_closes_unless_asked_not_to(wire: Wire, connection: bytes, is_kept: bool) -> None:
     wire.send(b"GET /health HTTP/1.0\r\n" + connection + b"\r\n")
-    assert wire.answer().says_close is not is_kept
+    answer = wire.answer()
+    assert answer.says_close is not is_kept
+    assert (answer.headers.get("connection") == "keep-alive") is is_kept, "a 1.0 client that is not told so closes"
     if is_kept:
         wire.send(HEALTH)
         assert wire.answer().status == 200
@@ -496,6 +498,18 @@ def test_a_silent_connection_is_closed_without_a_word(first: bytes) -> None:
     fixture.close()
 
 
+def test_a_client_is_told_for_how_long_its_connection_is_kept(running: Running, wire: Wire) -> None:
+    """Would break: a proxy sends its next request on a connection that the server is just closing."""
+    assert server.Settings().keep_alive_s > 90, "common proxies drop idle connections after 60 s, Go's after 90"
+    for request in (HEALTH, GOOD, NOTHING):
+        wire.send(request)
+        answer = wire.answer()
+        expected = f"timeout={running.server.settings.keep_alive_s}"
+        assert (answer.headers["connection"], answer.headers["keep-alive"]) == ("keep-alive", expected)
+    wire.send(HEALTH.replace(b"Host: a", b"Host: a\r\nConnection: close"))
+    assert "keep-alive" not in wire.answer().headers
+
+
 def test_300_slow_or_silent_connections_leave_the_others_as_they_were(running: Running) -> None:
     beginnings = [b"", b"GET /health HT", post(b"Content-Length: 1000", body=b"{"), chunked(BODY)[:-3]]
     slow = [Wire(running.port) for _ in range(N_SLOW)]
@@ -556,6 +570,44 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
     assert idle[3].answer().status == 200
     for wire in idle:
         wire.close()
+    fixture.close()
+
+
+@pytest.mark.parametrize("beginning", [b"P", b"GET /health HTTP/1.1\r\nX: ", b"\r\n"])
+def test_a_connection_still_in_its_header_makes_room_for_a_new_one(beginning: bytes) -> None:
+    """Would break: one byte on each of --max-connections keeps everybody else out for --header-timeout-s."""
+    fixture = Running(max_connections=4, header_timeout_s=60)
+    slow = [Wire(fixture.port) for _ in range(4)]
+    for wire in slow:
+        wire.send(beginning)
+    wait_for(lambda: fixture.server._open == 4)
+    time.sleep(0.3)
+    for _ in range(10):
+        assert is_alive(fixture)
+    if beginning == b"P":
+        answer = slow[0].answer()
+        assert (answer.status, answer.says_close, answer.headers["retry-after"]) == (503, True, "1")
+        assert slow[0].ends(), "the one that was there for longest"
+    slow[3].send(HEALTH[len(b"GET") :] if beginning == b"P" else b"\r\n")
+    for wire in slow:
+        wire.close()
+    fixture.close()
+
+
+def test_a_connection_that_must_make_room_still_gets_the_answer_to_a_whole_request() -> None:
+    fixture = Running(max_connections=1, header_timeout_s=60)
+    for _ in range(20):
+        first, second = Wire(fixture.port), Wire(fixture.port)
+        first.send(GOOD)
+        second.send(GOOD)
+        statuses = set()
+        for wire in (first, second):
+            with contextlib.suppress(EOFError, ConnectionError):
+                statuses.add(wire.answer().status)
+            wire.close()
+        wait_for(lambda: fixture.server._open == 0)
+        assert 200 in statuses
+        assert statuses <= {200, 503}
     fixture.close()
 
 
@@ -638,6 +690,43 @@ def test_a_large_or_announced_body_is_not_read_from_a_client_without_a_key(locke
     wire.close()
 
 
+@pytest.mark.parametrize("path", [b"/rerank", b"/health"])
+def test_chunks_without_a_key_take_no_room_from_those_who_have_one(path: bytes) -> None:
+    """Would break: anybody fills the room for bodies, and every client with a key gets 503."""
+    fixture = Running(api_key="sesame", max_body_mb=1, max_bodies_mb=1)
+    method = b"GET" if path == b"/health" else b"POST"
+    begun = b"%b %b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % (method, path)
+    rude = [Wire(fixture.port) for _ in range(3)]
+    for wire in rude:
+        with contextlib.suppress(ConnectionError):
+            wire.send(begun + b"e0000\r\n" + b" " * 0xE0000)
+    time.sleep(0.3)
+    large = BODY + b" " * 200_000
+    wire = Wire(fixture.port)
+    wire.send(with_length(large).replace(b"Host: a", b"Host: a\r\nAuthorization: Bearer sesame"))
+    assert wire.answer().status == 200
+    assert fixture.server.bodies._taken == 0
+    refusal = rude[0].answer()
+    assert (refusal.status, refusal.says_close) == (401, True)
+    for one in (*rude, wire):
+        one.close()
+    fixture.close()
+
+
+def test_a_body_without_a_key_is_not_counted() -> None:
+    fixture = Running(api_key="sesame")
+    wire = Wire(fixture.port)
+    wire.send(post(b"Content-Length: %d" % len(BODY), body=BODY[:-1]))
+    for _ in range(30):
+        assert fixture.server.bodies._taken == 0
+        time.sleep(0.01)
+    wire.send(BODY[-1:])
+    answer = wire.answer()
+    assert (answer.status, answer.says_close) == (401, False)
+    wire.close()
+    fixture.close()
+
+
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "holds no key"), (b"# only a comment\n\n", "holds no key"), (b"good\ntwo words\n", "line 2"),
     ("schlüssel\n".encode(), "line 1"), (b"\xff\n", "cannot be read"),
@@ -647,7 +736,7 @@ def test_a_key_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, cont
     file = tmp_path / "keys"
     file.write_bytes(content)
     with pytest.raises(server.SettingsError, match=words) as caught:
-        server.Settings(api_key_file=file)
+        Running(api_key_file=file)
     assert str(file) in str(caught.value)
     for name in ("good", "words", "schl"):
         assert name not in str(caught.value).replace(str(file), ""), "a key must not be printed"
@@ -667,7 +756,7 @@ def test_a_key_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, cont
 ])  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused_at_start(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(server.SettingsError) as caught:
-        server.Settings(**changes)
+        Running(**changes)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -707,6 +796,17 @@ def test_a_page_of_an_allowed_origin_may_ask_and_read_the_answer(shared: Running
     assert answer.headers["vary"] == "Origin"
     refusal = from_page(shared, GOOD, origin)
     assert (refusal.status, refusal.headers["access-control-allow-origin"]) == (401, origin.decode())
+
+
+def test_a_page_of_an_allowed_origin_may_ask_a_server_in_a_private_network(shared: Running) -> None:
+    """Private network access: a browser asks before a public page may reach this machine."""
+    ask, options = b"Access-Control-Request-Private-Network: true", b"OPTIONS /rerank HTTP/1.1\r\nHost: a\r\n\r\n"
+    allowed = from_page(shared, options, b"https://a.example", ask)
+    assert allowed.headers["access-control-allow-private-network"] == "true"
+    name = "access-control-allow-private-network"
+    assert name not in from_page(shared, options, b"https://b.example", ask).headers
+    assert name not in from_page(shared, options, b"https://a.example").headers
+    assert name not in from_page(shared, GOOD, b"https://a.example", ask).headers
 
 
 @pytest.mark.parametrize("origin", [
@@ -818,7 +918,7 @@ def test_old_tls_is_refused(secure: Running, certificate: Certificate) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     with pytest.raises((ssl.SSLError, ConnectionError)):
         Wire(secure.port, context)
-    assert secure.server.settings.tls_context is not None
+    assert secure.server.tls_context is not None
 
 
 def test_an_idle_tls_connection_does_not_hold_up_the_stop(certificate: Certificate) -> None:
@@ -845,4 +945,4 @@ def test_a_key_that_does_not_fit_or_is_encrypted_is_refused_at_start(certificate
     other = make_certificate(tmp_path / "other")
     for cert, key in ((locked.certificate, locked.key), (certificate.certificate, other.key)):
         with pytest.raises(server.SettingsError, match="no PEM certificate with its unencrypted key"):
-            server.Settings(tls_cert=cert, tls_key=key)
+            Running(tls_cert=cert, tls_key=key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import itertools
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -331,17 +333,54 @@ def test_what_a_client_that_hung_up_asked_for_is_dropped(busy: Busy) -> None:
     assert all(n < 50 for n in itertools.chain(*busy.engine.batches))
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_client_that_only_ends_its_own_sending_gets_its_answer(busy: Busy, version: str) -> None:
+def test_a_client_that_ends_its_sending_counts_as_gone(busy: Busy) -> None:
+    """As nginx and uvicorn count it: a closed socket and a half-closed one send the same FIN."""
     busy.hold()
-    connection = connect(busy, "half", [4], version)
+    connection = connect(busy, "half", [50] * 4 + [51, 52])
+    until(lambda: waiting_tokens(busy) > 100)
     connection.shutdown(socket.SHUT_WR)
-    time.sleep(3 * server.HANG_UP_POLL_S)
-    busy.engine.block.set()
-    answer = http.client.HTTPResponse(connection)
-    answer.begin()
-    assert json.loads(answer.read()) == pytest.approx([sigmoid(2)])
+    until(lambda: waiting_tokens(busy) < 30)
+    assert connection.recv(100) == b"", "no interim answer, and no other one"
     connection.close()
+
+
+def test_an_idle_connection_holds_nothing_of_its_last_request_and_answer(busy: Busy) -> None:
+    """Would break: six idle clients that once sent 20 MB hold 360 MB, while the budget for bodies counts none."""
+    n_bytes = 4_000_000
+    asked = [("rerank", json.dumps({"query": "q" * n_bytes, "passages": ["a"]}).encode()),
+             ("rerank", json.dumps({"query": "q", "passages": 7, "x": "x" * n_bytes}).encode())] * 3  # fmt: skip
+    busy.rerank({"query": "q", "passages": ["a"]})
+    tracemalloc.start()
+    connections = []
+    for path, body in asked:
+        connections.append(http.client.HTTPConnection("127.0.0.1", busy.port, timeout=WAIT_S))
+        connections[-1].request("POST", f"/{path}", body)
+        answer = connections[-1].getresponse()
+        assert answer.status in (200, 400)
+        answer.read()
+    del asked, body
+    until(lambda: len(busy.server._idle) == len(connections))
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    for connection in connections:
+        connection.close()
+    assert held < n_bytes / 2, f"{len(connections)} idle connections hold {held:,} bytes"
+
+
+def test_requests_of_a_failed_batch_get_no_headers_of_each_other() -> None:
+    """Would break: a page of an allowed origin makes answers to others readable, and their request ids with them."""
+    busy = Busy(cors_origins="https://a.example")
+    busy.engine.fail = server.EngineError("no")  # one object, which every request of the batch is answered with
+    body = json.dumps({"query": "q", "passages": ["a"]}).encode()
+    origin = {"Origin": "https://a.example", "X-Request-Id": "of-the-page"}
+    _, _, first = busy.request("POST", "/rerank", body, **origin)
+    assert first["Access-Control-Allow-Origin"] == "https://a.example"
+    status, _, second = busy.request("POST", "/rerank", body)
+    assert status == 500
+    assert "Access-Control-Allow-Origin" not in second
+    assert busy.engine.fail.headers == {}
+    busy.close()
 
 
 def test_a_number_that_is_none_fails_one_request_of_a_batch(busy: Busy) -> None:

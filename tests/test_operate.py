@@ -158,6 +158,23 @@ def test_one_line_for_each_request_with_its_texts_only_when_asked_for(
     assert re.search(r"POST /rerank 200 id=abc pairs=4 tokens=\d+ queue_ms=.* total_ms=", line)
 
 
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), BrokenPipeError(), TimeoutError()])
+def test_an_operating_system_error_inside_the_application_is_500_with_a_log_line_and_a_metric(
+    operated: Operated, failure: OSError, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Would break: a full disk looks like a client that hung up; no answer, no line, no count."""
+    def fail(raw: bytes, call: server.Call) -> server.Response:
+        raise failure
+
+    operated.server.application.routes["/health"]["GET"] = fail
+    status, answer, headers = operated.request("GET", "/health")
+    assert (status, answer["error_type"]) == (500, "engine_error")
+    assert headers["Connection"] == "keep-alive", "the request was read to its end"
+    assert "No space left" not in json.dumps(answer)
+    assert any("GET /health failed" in record.getMessage() for record in caplog.records)
+    assert operated.metrics()["rerank_requests_total{/health,500}"] == 1
+
+
 def test_not_ready_while_the_model_loads_and_alive_all_the_time(operated: Operated) -> None:
     """Would break: a load balancer sends requests to a server that cannot answer them yet."""
     operated.may_load.clear()
