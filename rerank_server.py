@@ -836,10 +836,11 @@ def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_number(kind: Callable[[str], Any], text: str) -> Any:
-    if len(text) > MAX_NUMBER_CHARACTERS:
-        raise BadRequestError(f"a number in the body has {len(text):,} characters")
-    if kind is float and not math.isfinite(float(text)):
+    is_long = len(text) > MAX_NUMBER_CHARACTERS
+    if kind is float and (is_long or not math.isfinite(float(text))):
         raise BadRequestError(f"the number {text[:40]} in the body is more than a float can hold")
+    if is_long:
+        raise BadRequestError(f"a number in the body has {len(text):,} characters")
     return kind(text)
 
 

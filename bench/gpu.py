@@ -131,7 +131,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened(file: Path, settings: rerank_server.Settings) -> Iterator[rerank_server.LlamaEngine]:
+def opened(file: Path, settings: rerank_server.Settings) -> Iterator[rerank_server.Engine]:
     engine = rerank_server.load_engine(file, settings)
     try:
         yield engine
@@ -226,7 +226,7 @@ def tiny_logits(
             yield str(ubatch), np.array(engine.score(pairs)), reference
 
 
-def golden_logits(architecture: str, engine: rerank_server.LlamaEngine) -> Logits:
+def golden_logits(architecture: str, engine: rerank_server.Engine) -> Logits:
     """For the bi-encoder, whose golden values are cosines, on the line of its file."""
     path = ROOT / "tests" / "golden" / f"{architecture}.json"
     values = np.array(json.loads(path.read_text(encoding="utf-8"))["logits"])
@@ -361,7 +361,7 @@ def speed_of(run: Run, name: str, kind: str, ubatch: int, model: str = "m3") -> 
             yield row | {"host_mb": before - available_mb(), "resident_mb": resident_mb}
 
 
-def timed(engine: rerank_server.LlamaEngine, lists: Sequence[Row]) -> Row:
+def timed(engine: rerank_server.Engine, lists: Sequence[Row]) -> Row:
     """Medians over the lists, longest pairs first, as the server sends them. ms: from texts to
     logits; ms_make of it until the token ids are there."""
     made, scored, n_tokens = [], [], []
@@ -488,7 +488,7 @@ def twice(run: Run) -> Iterator[Row]:
             yield {"engine": f"rerank-server {kind}", "engines": 2, "ms": statistics.median(times)}
 
 
-def score_half(engine: rerank_server.LlamaEngine, one: Row) -> None:
+def score_half(engine: rerank_server.Engine, one: Row) -> None:
     pairs = engine.pairs.make(one["query"], one["passages"])
     engine.score(sorted(pairs, key=lambda pair: -pair.n_new))
 

@@ -159,7 +159,7 @@ def test_m3_and_gemma_are_read_from_a_mounted_folder(
     with Serving(container, tmp_path) as server:
         for use_llm, architecture in ((False, "xlmr"), (True, "gemma")):
             engine = engine_of(architecture)
-            logits = server.score_all(engine, engine.pairs.make(QUERY, PASSAGES))
+            logits = rerank_server.score_all(engine, engine.pairs.make(QUERY, PASSAGES))
             body = {"query": QUERY, "passages": PASSAGES, "use_llm": use_llm, "raw_scores": True}
             answered = post(server.url, body)[1]
             assert answered == pytest.approx(logits, abs=LOGIT_TOLERANCE), architecture

@@ -419,34 +419,16 @@ def test_the_first_decode_of_a_long_list_starts_while_the_rest_is_still_text(bus
 
 
 def test_a_long_list_is_tokenised_only_a_little_ahead_of_the_engine(busy: Busy) -> None:
-    """Would break: 100,000 passages are half a gigabyte of token ids that wait for days."""
+    """Would break: 100,000 passages are half a gigabyte of token ids that wait, and the queue's lock is held ever
+    longer for each slice of them (35 ms at 51,200) while everybody else waits."""
     busy.hold()
-    busy.send("long", [5] * 5000 + list(range(5000)))
-    n_ahead = server.AHEAD_DECODES * FakeEngine.max_batch_tokens
-    until(lambda: busy.engine.counting.n_made > server.SLICE_PASSAGES)
+    busy.send("long", range(100, 2000))
+    until(lambda: busy.engine.counting.n_made > 1)
     time.sleep(0.3)
-    assert busy.engine.counting.n_made <= n_ahead + 2 * server.SLICE_PASSAGES + 5000
+    assert busy.engine.counting.n_made <= 1 + 2 * server.SLICE_PASSAGES
     busy.engine.block.set()
     assert busy.status("long") == 200
-    assert busy.answers["long"][1] == pytest.approx([sigmoid(3)] * 5000 + [sigmoid(n - 2) for n in range(5000)])
-
-
-def test_what_is_appended_costs_no_more_the_more_waits() -> None:
-    """Would break: 35 ms under the queue's lock for every 128 of 51,200 passages, while everybody else waits."""
-    loaded = Loaded(10**9)
-
-    def append(n_waiting: int) -> float:
-        with loaded.queue.admit(0) as job:
-            loaded.queue.append(job, {one.key: one for one in (pair(9, n) for n in range(n_waiting))}, 0)
-            slices = [[pair(9, n_waiting + 128 * k + n) for n in range(128)] for k in range(9)]
-            times = []
-            for made in slices:
-                started = time.perf_counter()
-                loaded.queue.append(job, {one.key: one for one in made}, 0)
-                times.append(time.perf_counter() - started)
-            return sorted(times)[len(times) // 2]
-
-    assert append(50_000) < 10 * append(500)
+    assert busy.answers["long"][1] == pytest.approx([sigmoid(n - 2) for n in range(100, 2000)])
 
 
 class DyingEngine(BatchEngine):
