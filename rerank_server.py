@@ -89,7 +89,7 @@ HERE = Path(__file__).resolve().parent
 MIN_MAX_LENGTH_TOKENS = 32  # below it the reference's 3/4 rule leaves the passage no room
 MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
 CPU_UBATCH_TOKENS = 256  # attention is computed over a whole ubatch: pairs pay for each other
-GPU_UBATCH_TOKENS = 2048
+GPU_UBATCH_TOKENS = 2048  # bench/results/gpu-nvidia-h200.md
 AUTO, ON, OFF = "auto", "on", "off"
 INT8, BF16 = "int8", "bf16"
 MODEL_COMMANDS = {"m3": "make convert MODEL=m3", "gemma": "make convert MODEL=gemma"}
@@ -2019,11 +2019,11 @@ def _foreign_prompt(gguf: GgufFile) -> PromptParts:
 
 
 def _describe_bi_encoder(gguf: GgufFile) -> dict[str, Any]:
-    keys = {"cosine_scale": float, "cosine_bias": float}
+    keys: dict[str, type] = {"cosine_scale": float, "cosine_bias": float}
     if "rerank.overlap_scale" in gguf.metadata:  # not for vocabularies that are in no order
         keys |= {"overlap_scale": float, "first_piece_id": int}
-    described = {key: gguf.require(f"rerank.{key}", kind) for key, kind in keys.items()}
-    return {**described, **_describe_word_piece(gguf)}
+    found: dict[str, Any] = {key: gguf.require(f"rerank.{key}", keys[key]) for key in keys}
+    return {**found, **_describe_word_piece(gguf)}
 
 
 _DESCRIBE: dict[str, Callable[[GgufFile], dict[str, Any]]] = {
@@ -2051,6 +2051,10 @@ def llama() -> Any:
     # A few microseconds: 8 % faster, and no slower beside a busy process.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # no debugger is started for an abort
+    # On a GPU (bench/results/gpu-nvidia-h200.md): a quarter of the error in F16 files at no cost,
+    # and 2 GB of logits that an encoder never computes are not pinned in the host's memory.
+    os.environ.setdefault("GGML_CUDA_CUBLAS_COMPUTE_TYPE", "f32")
+    os.environ.setdefault("GGML_CUDA_NO_PINNED", "1")
     import llama_cpp.llama_cpp as library
 
     callback = library.llama_log_callback(_native_log.add)
@@ -2550,7 +2554,8 @@ def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> Flo
     traits = _native("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
     to_float = traits(type_id).contents.to_float
     if not to_float:  # GGML_TYPE_F32
-        return rows.view(np.float32).copy()
+        exact: FloatArray = rows.view(np.float32).copy()
+        return exact
     result: FloatArray = np.empty((len(rows), n_columns), dtype=np.float32)
     kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     ctypes.CFUNCTYPE(None, *kinds)(to_float)(rows.ctypes.data, result.ctypes.data, result.size)

@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,11 @@ class Running:
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1][:200] if lines else f"exit status {self._process.returncode}"
 
-    def rerank(self, query: str, passages: tuple[str, ...]) -> float:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def rerank(self, query: str, passages: Sequence[str]) -> float:
         """Seconds that one request took. Raises MissingError when it is refused or not every passage has a score."""
         body = json.dumps(self.engine.body(query, list(passages))).encode()
         headers = {"Content-Type": "application/json"}

@@ -1,5 +1,5 @@
-"""python -m bench.lists [FILE.gguf]: what long lists of short passages cost in time and memory, and what a small request
-beside them waits.
+"""python -m bench.lists [FILE.gguf]: what long lists of short passages cost in time and memory, and what a small
+request beside them waits.
 
 For each length a server of its own: the list is sent, and as long as it is being scored a one-passage request goes out
 again and again; before it the same request alone. Writes bench/results/lists.md and .json.

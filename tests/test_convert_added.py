@@ -44,11 +44,11 @@ def test_an_added_token_has_the_references_id(architecture: str, has_sentencepie
     @given(made)
     def check(parts: list[str]) -> None:
         text = "".join(parts)
-        assert engine.pairs._tokenize(text) == encode(text)  # type: ignore[attr-defined]
+        assert engine.pairs._tokenize(text) == encode(text)
 
     try:
         for text in texts:
-            assert engine.pairs._tokenize(text) == encode(text), text  # type: ignore[attr-defined]
+            assert engine.pairs._tokenize(text) == encode(text), text
         assert added[0] in encode("about covidx today")
         check()
     finally:
@@ -132,7 +132,7 @@ def test_an_ordinary_piece_that_is_also_an_added_token_is_found_inside_words(tmp
     (file,) = convert(checkpoint, tmp_path / "out", "F32")
     engine = load_engine(file, 512)
     for text in (piece, f"a{piece}b", f"a {piece}{piece} b"):
-        assert engine.pairs._tokenize(text) == job.pairs.encode(text)  # type: ignore[attr-defined]
+        assert engine.pairs._tokenize(text) == job.pairs.encode(text)
     engine.close()
 
 

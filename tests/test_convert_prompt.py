@@ -75,5 +75,5 @@ def test_gemmas_vocabulary_is_read_from_tokenizer_json_alone(tmp_path: Path) -> 
     )
     for name, text in TEXTS.items():
         if not any(marker in text for marker in ("<bos>", "<eos>", "<pad>", "<unk>")):
-            assert engine.pairs._tokenize(text) == encode(text), name  # type: ignore[attr-defined]
+            assert engine.pairs._tokenize(text) == encode(text), name
     engine.close()

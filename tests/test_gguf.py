@@ -155,7 +155,9 @@ def test_a_file_takes_a_role_by_itself_only_when_it_says_that_it_is_a_reranker(
     served = getattr(found, role)
     assert served.description.path.name == own[0].name
     assert "other.gguf" in caplog.text
-    named = getattr(server.Roles.find(server.Settings(models=str(tmp_path), **{role: other})), role)
+    flag: Values = {role: other}
+    named_by_flag = server.Settings(models=str(tmp_path), **flag)
+    named = getattr(server.Roles.find(named_by_flag), role)
     assert named.description.path == other, "a flag names it"
     assert named.description.doubt
     if name != "gemma":

@@ -81,16 +81,19 @@ class Running:
     def __init__(self, with_gemma: bool = False, **changes: Any) -> None:
         settings = server.Settings(host="127.0.0.1", port=0, drain_s=10, **changes)
         self.engine = FakeEngine()
-        m3 = server.LocalRole("m3", describe_fake("fake-m3"), settings, lambda *_: self.engine)
-        gemma = server.LocalRole("gemma", describe_fake("fake-gemma"), settings, self._load_gemma) if with_gemma else None
-        self.roles = server.Roles(m3, gemma, is_fallback=False)
+        self.m3 = server.LocalRole("m3", describe_fake("fake-m3"), settings, self._load_m3)
+        gemma = server.LocalRole("gemma", describe_fake("fake-gemma"), settings, self._load_gemma)
+        self.roles = server.Roles(self.m3, gemma if with_gemma else None, is_fallback=False)
         self.server = server.RerankServer(server.Application(self.roles, settings), settings)
         self.port: int = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._thread.start()
 
+    def _load_m3(self, *_: Any) -> Any:
+        return self.engine
+
     @staticmethod
-    def _load_gemma(path: Path, settings: server.Settings, is_alone: bool = False) -> FakeEngine:
+    def _load_gemma(path: Path, settings: server.Settings, is_alone: bool = False) -> Any:
         raise server.ModelError("fake-gemma.gguf: truncated")
 
     def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:

@@ -235,7 +235,7 @@ def busy() -> Iterator[Busy]:
 
 
 def waiting_tokens(busy: Busy) -> int:
-    return busy.roles.m3.queue.n_tokens
+    return busy.m3.queue.n_tokens
 
 
 def test_an_overloaded_server_refuses_before_it_tokenises() -> None:

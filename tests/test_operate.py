@@ -30,13 +30,15 @@ class Operated(Running):
         self.may_load.set()
         self.gemmas: list[FakeEngine] = []
         super().__init__(with_gemma=True, **changes)
-        self.roles.m3._load = lambda *_: self._loaded(self.engine)
+
+    def _load_m3(self, *_: Any) -> Any:
+        return self._loaded(self.engine)
 
     def _loaded(self, engine: FakeEngine) -> FakeEngine:
         assert self.may_load.wait(WAIT_S)
         return engine
 
-    def _load_gemma(self, path: Path, settings: server.Settings, is_alone: bool = False) -> FakeEngine:  # type: ignore[override]
+    def _load_gemma(self, path: Path, settings: server.Settings, is_alone: bool = False) -> Any:  # type: ignore[override]
         self.gemmas.append(FakeEngine())
         self.gemmas[-1].block = self.engine.block
         return self._loaded(self.gemmas[-1])
@@ -98,7 +100,7 @@ def test_metrics_show_what_waits_and_what_failed(operated: Operated) -> None:
     operated.engine.fail = RuntimeError("no")
     asking = threading.Thread(target=operated.rerank, args=({"query": "q", "passages": ["w " * 63, "w " * 62]},))
     asking.start()
-    until(lambda: operated.roles.m3.queue.n_tokens == 63)
+    until(lambda: operated.m3.queue.n_tokens == 63)
     found = operated.metrics()
     assert (found["rerank_queue_tokens{m3}"], found["rerank_queue_requests{m3}"]) == (63, 1)
     operated.engine.block.set()
@@ -178,7 +180,7 @@ def test_an_operating_system_error_inside_the_application_is_500_with_a_log_line
 def test_not_ready_while_the_model_loads_and_alive_all_the_time(operated: Operated) -> None:
     """Would break: a load balancer sends requests to a server that cannot answer them yet."""
     operated.may_load.clear()
-    operated.roles.m3.start()
+    operated.m3.start()
     assert operated.request("GET", "/ready")[0] == 503
     assert operated.request("GET", "/health")[0] == 200
     status, answer, _ = operated.rerank({"query": "q", "passages": ["a"], "timeout": 0.3})
@@ -190,7 +192,7 @@ def test_not_ready_while_the_model_loads_and_alive_all_the_time(operated: Operat
 
 def test_not_ready_while_stopping_and_open_without_a_key() -> None:
     operated = Operated(api_key="sesame")
-    operated.roles.m3.start().result()
+    operated.m3.start().result()
     assert operated.request("GET", "/ready")[0] == 200
     assert operated.request("GET", "/metrics")[0] == 401
     operated.server.application.is_stopping = True
@@ -208,7 +210,7 @@ def test_an_idle_gemma_is_freed_and_loaded_again_on_demand() -> None:
     assert gemma(operated) == operated.rerank(NATIVE)[0] == 200
     until(lambda: operated.gemmas[0].closed)
     assert operated.request("GET", "/health")[1]["models"]["gemma"]["loaded"] is False
-    assert operated.roles.m3.is_loaded(), "m3 stays"
+    assert operated.m3.is_loaded(), "m3 stays"
     assert gemma(operated) == 200
     assert [engine.closed for engine in operated.gemmas] == [1, 0]
     operated.close()
@@ -234,7 +236,7 @@ def test_a_gemma_in_use_is_not_freed() -> None:
 def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(operated: Operated) -> None:
     operated.engine.block.clear()
     assert operated.rerank({"query": "q", "passages": ["a"], "timeout": 0.2})[0] == 504
-    assert operated.roles.m3.close(timeout_s=0.1) is False
+    assert operated.m3.close(timeout_s=0.1) is False
     assert operated.rerank({"query": "q", "passages": ["a"]})[0] == 503
 
 
@@ -247,14 +249,14 @@ def test_what_is_not_done_when_the_stopping_time_is_over_is_refused_and_not_cut_
     body = {"query": "q", "passages": ["a"]}
     asking = threading.Thread(target=lambda: answers.append(operated.rerank(body)[:2]))
     asking.start()
-    until(lambda: operated.roles.m3.queue.n_requests)
+    until(lambda: operated.m3.queue.n_requests)
     assert operated.server.drain(0.1) is False
     asking.join()
     assert (answers[0][0], answers[0][1]["error_type"]) == (503, "model_unavailable")
     assert "stopped before" in answers[0][1]["message"]
     operated.engine.block.set()
     operated.may_load.set()
-    assert operated.roles.m3.close(WAIT_S)
+    assert operated.m3.close(WAIT_S)
 
 
 def test_a_process_that_may_not_wait_any_longer_stops_with_status_0(gguf_of: Gguf) -> None:

@@ -35,7 +35,8 @@ CHECKPOINT = MINI.parent / "all-MiniLM-L6-v2"
 
 
 def pairs_of(engine: rerank_server.Engine) -> list[rerank_server.Pair]:
-    return [engine.pairs.make(pair.query, [pair.passage], rerank_server.Cut(pair.max_length))[0] for pair in SCORED_PAIRS]
+    cuts = [(pair, rerank_server.Cut(pair.max_length)) for pair in SCORED_PAIRS]
+    return [engine.pairs.make(pair.query, [pair.passage], cut)[0] for pair, cut in cuts]
 
 
 @pytest.fixture(scope="session")

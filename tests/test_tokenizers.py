@@ -28,7 +28,7 @@ CONTROL_STRINGS = ("<s>", "<pad>", "</s>", "<mask>", "[PAD]", "[CLS]", "[SEP]", 
 XLMR_MASK = 845  # the tiny vocabulary's last id
 CONTROL_IDS = {"xlmr": {0, 1, 2, XLMR_MASK}, "bert": {0, 101, 102, 103}, "bi": {0, 101, 102, 103},
                "gemma": {0, 1, 2, 106, 107}, "modernbert": {*range(1000, 1007)},
-               **dict.fromkeys(("qwen3", "qwen2", "zerank"), {*range(1000, 1010), *range(1012, 1018)})}
+               **{name: {*range(1000, 1010), *range(1012, 1018)} for name in ("qwen3", "qwen2", "zerank")}}
 
 
 def passage_ids(engine: rerank_server.Engine, text: str, ids_after_passage: int) -> list[int]:
