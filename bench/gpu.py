@@ -1,4 +1,4 @@
-"""python -m bench.gpu: are scores on an NVIDIA GPU those of the CPU, how fast is it, how much memory does it take?
+"""python -m bench.gpu: scores, speed and memory on an NVIDIA GPU.
 
 bench/gpu.sh builds llama-cpp-python with CUDA and starts this. Every step is a process of its own
 with a time limit; its rows are printed and kept as they come, and the result is written after every
@@ -53,9 +53,10 @@ Logits = npt.NDArray[np.float64]
 
 ARCHITECTURES = ("xlmr", "bert", "bi", "gemma")
 TINY_TYPES = ("F32", "F16", "Q8_0")
-# Largest difference of a logit from the reference's, as a part of the range of the reference's logits: the tolerance of
-# tests/test_parity.py, which the CPU keeps with F32 files. On a GPU cuBLAS multiplies float32 in TF32, whose step is
-# float16's (2^-11), so the same tolerance is asked for. F16 and Q8_0 files have other weights: no limit, but a CPU row.
+# Largest difference of a logit from the reference's, as a part of the range of the reference's
+# logits: the tolerance of tests/test_parity.py, which the CPU keeps with F32 files. On a GPU cuBLAS
+# multiplies float32 in TF32, whose step is float16's (2^-11), so the same tolerance is asked for.
+# F16 and Q8_0 files have other weights: no limit, but a row of the CPU's to compare with.
 TOLERANCE = 1 / 400
 PARITY_UBATCHES = (64, 512, 2048)
 ALONE = "alone"
@@ -64,7 +65,7 @@ LISTS = 9  # of each length, all different; medians count
 WARM_UPS = 2
 COMPARED_ON_CPU = 20  # pairs; a CPU needs seconds for them
 SMALL = {"hidden": 256, "layers": 2, "vocabulary": 4000}  # --cpu
-# Environment variables of llama.cpp, read at every product and every allocation: what it does in place of its choice.
+# Environment variables of llama.cpp, read at every product and every allocation.
 IN_TF32 = (
     "products in TF32",
     {"GGML_CUDA_CUBLAS_COMPUTE_TYPE": "f32"},
@@ -139,7 +140,7 @@ def opened(file: Path, settings: rerank_server.Settings) -> Iterator[rerank_serv
         engine.close()
 
 
-# -- Models -----------------------------------------------------------------------------------------------------------
+# -- Models ----------------------------------------------------------------------------------------
 
 
 def make_models(run: Run) -> Iterator[Row]:
@@ -181,7 +182,7 @@ def write_lists(run: Run) -> None:
     run.lists_file.write_text(json.dumps(lists), encoding="utf-8")
 
 
-# -- Parity -----------------------------------------------------------------------------------------------------------
+# -- Parity ----------------------------------------------------------------------------------------
 
 
 def parity(run: Run) -> Iterator[Row]:
@@ -246,7 +247,7 @@ def compare(logits: Logits, reference: Logits) -> Row:
     return {"largest": largest if math.isfinite(largest) else math.inf, "wrong_order": wrong}
 
 
-# -- m3 at its true size ----------------------------------------------------------------------------------------------
+# -- m3 at its true size ---------------------------------------------------------------------------
 
 
 def peer(run: Run) -> Iterator[Row]:
@@ -282,7 +283,7 @@ def peer_path() -> str:
 
 
 def agreement(run: Run) -> Iterator[Row]:
-    """Our logits of the longest list beside transformers' in float32; and how far its own float16 is from that."""
+    """Our logits of the longest list, and transformers' own in float16, beside its float32 ones."""
     found = json.loads((run.cache / "peer-m3.json").read_text(encoding="utf-8"))
     exact, one = np.array(found["logits_float32"]), run.longest()
     yield {"engine": found["name"], **difference(np.array(found["logits"]), exact)}
@@ -321,9 +322,12 @@ def agreement_on_cpu(run: Run) -> Iterator[Row]:
 def difference(logits: Logits, exact: Logits) -> Row:
     off = np.abs(logits - exact)
     return {
-        "pairs": len(exact), "mean": float(off.mean()), "largest": float(off.max()), "spread": float(exact.std()),
+        "pairs": len(exact),
+        "mean": float(off.mean()),
+        "largest": float(off.max()),
+        "spread": float(exact.std()),
         "correlation": float(np.corrcoef(logits, exact)[0, 1]),
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
@@ -337,7 +341,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def speed(run: Run) -> Iterator[Row]:
-    """Every type with the server's own choice of ubatch, then every ubatch; with both, the memory."""
+    """Every type with the server's own choice of ubatch, then every ubatch; and the memory."""
     for kind in run.types:
         yield from speed_of(run, f"rerank-server {kind}", kind, 0)
     for what, variables in (IN_TF32, NOT_PINNED):
@@ -394,7 +398,7 @@ def available_mb() -> float:
 
 
 def gpu_used_mb(run: Run) -> float:
-    """On the whole card, CUDA's own part included; cudaMemGetInfo of the runtime that llama.cpp has loaded."""
+    """On the whole card: cudaMemGetInfo, of the runtime that llama.cpp has loaded."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     if run.cpu or llama._lib.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
         return 0.0
@@ -435,14 +439,16 @@ def asked(running: Running, lists: Sequence[Row]) -> Row:
     times = [running.rerank(request.query, request.passages) for request in requests]
     n_tokens = [sum(map(len, one["ids"])) for one in lists]
     return {
-        "ms": 1000 * statistics.median(times), "ms_min": 1000 * min(times), "ms_max": 1000 * max(times),
+        "ms": 1000 * statistics.median(times),
+        "ms_min": 1000 * min(times),
+        "ms_max": 1000 * max(times),
         "tokens_per_second": statistics.median(n / s for n, s in zip(n_tokens, times, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def profile(run: Run) -> Iterator[Row]:
-    """By operation, each waited for (no CUDA graph, nothing fused): the parts count, not the sum. In
-    the last row the list undisturbed: what it takes beyond the operations is the host's work."""
+    """By operation, each waited for (no CUDA graph, nothing fused): the parts count, not the sum.
+    In the last row the list as it is: what it takes beyond the operations is the host's work."""
     one = run.longest()
     for kind in run.types[:2]:
         for ubatch in (0, max(run.ubatches)):
@@ -494,8 +500,8 @@ def score_half(engine: rerank_server.Engine, one: Row) -> None:
 
 
 def mini(run: Run) -> Iterator[Row]:
-    """A bi-encoder of all-MiniLM-L6's width and depth, whose heads of 32 CUDA's flash attention lacks:
-    as the server starts, without flash attention, and where llama.cpp decides after it has looked."""
+    """A bi-encoder as wide and deep as all-MiniLM-L6, whose heads of 32 CUDA's flash attention
+    lacks: as the server starts, without flash attention, and as llama.cpp itself decides."""
     directory = run.cache / "random-mini"
     if not (directory / "config.json").is_file():
         tiny_checkpoints.make_bi(directory, hidden_size=384, layers=6, max_seq_length=256)
@@ -521,9 +527,15 @@ def gemma(run: Run) -> Iterator[Row]:
     files = checkpoints.quantized(run.checkpoint("gemma"), ("Q8_0",))
     with opened(files["Q8_0"], run.settings(on_gpu=False, ubatch=32)) as engine:
         lists = [
-            {**one, "ids": [list(pair.ids) for pair in engine.pairs.make(one["query"], one["passages"])]}
-            for size in run.sizes for one in run.lists(size)
-        ]  # fmt: skip
+            {
+                **one,
+                "ids": [
+                    list(pair.ids) for pair in engine.pairs.make(one["query"], one["passages"])
+                ],
+            }
+            for size in run.sizes
+            for one in run.lists(size)
+        ]
     lists_file = run.cache / "lists-gemma.json"
     lists_file.write_text(json.dumps(lists), encoding="utf-8")
     for ubatch in (0, *run.ubatches[:: len(run.ubatches) - 1]):
@@ -531,7 +543,7 @@ def gemma(run: Run) -> Iterator[Row]:
     yield from run_peer(run, "gemma", lists_file)
 
 
-# -- The steps and their report ---------------------------------------------------------------------------------------
+# -- The steps and their report --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -551,21 +563,34 @@ PARITY = {
     "wrong_order": ("in a wrong order", "{}"), "within": ("within 1/400", "{}"),
 }  # fmt: skip
 SPEED = {
-    "engine": ("engine", "{}"), "ubatch": ("ubatch", "{}"), "chosen": ("chosen", "{}"), "size": ("passages", "{}"),
-    "ms": ("ms", "{:.1f}"), "ms_make": ("of it tokens", "{:.1f}"), "ms_score": ("of it scores", "{:.1f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"), "gpu_mb": ("GPU MB", "{:,.0f}"), "host_mb": ("host MB", "{:,.0f}"),
-    "resident_mb": ("resident MB", "{:,.0f}"), "load_s": ("load s", "{:.1f}"),
-}  # fmt: skip
+    "engine": ("engine", "{}"),
+    "ubatch": ("ubatch", "{}"),
+    "chosen": ("chosen", "{}"),
+    "size": ("passages", "{}"),
+    "ms": ("ms", "{:.1f}"),
+    "ms_make": ("of it tokens", "{:.1f}"),
+    "ms_score": ("of it scores", "{:.1f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "gpu_mb": ("GPU MB", "{:,.0f}"),
+    "host_mb": ("host MB", "{:,.0f}"),
+    "resident_mb": ("resident MB", "{:,.0f}"),
+    "load_s": ("load s", "{:.1f}"),
+}
 AGREEMENT = {
     "engine": ("engine", "{}"), "pairs": ("pairs", "{}"), "mean": ("mean difference", "{:.5f}"),
     "largest": ("largest", "{:.5f}"), "spread": ("standard deviation of the logits", "{:.4f}"),
     "correlation": ("correlation", "{:.6f}"),
 }  # fmt: skip
 PEER = {
-    "engine": ("engine", "{}"), "from": ("from", "{}"), "size": ("passages", "{}"), "batch": ("batch", "{}"),
-    "ms": ("ms", "{:.1f}"), "ms_min": ("min", "{:.1f}"), "ms_max": ("max", "{:.1f}"),
+    "engine": ("engine", "{}"),
+    "from": ("from", "{}"),
+    "size": ("passages", "{}"),
+    "batch": ("batch", "{}"),
+    "ms": ("ms", "{:.1f}"),
+    "ms_min": ("min", "{:.1f}"),
+    "ms_max": ("max", "{:.1f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
-}  # fmt: skip
+}
 TWICE = {"engine": ("engine", "{}"), "engines": ("engines", "{}"), "ms": ("ms", "{:.1f}")}
 MODELS = {
     "model": ("model", "{}"),
@@ -583,7 +608,7 @@ PROFILE = {
 STEPS = {
     "models": Step("Models", make_models, 180, MODELS),
     "parity": Step(
-        "Largest difference of a logit, as a part of the range of the reference's, by tokens in a decode",
+        "Largest difference of a logit, as a part of their range, by tokens in a decode",
         parity,
         60,
         PARITY,
@@ -625,7 +650,7 @@ def run_step(name: str, arguments: Sequence[str], run: Run) -> Row:
 
 
 def end_of(command: Sequence[str], step: Step) -> str:
-    """Runs it, and ends it with all that it has started at the step's limit. "" or what went wrong."""
+    """Runs it; at the step's limit ends it with all that it has started. "" or what went wrong."""
     variables = os.environ | step.environment
     process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
     try:
@@ -657,9 +682,8 @@ def describe(run: Run) -> Row:
         ("no GPU", "", "0") if run.cpu else split_card(ask_gpu("name,driver_version,memory.total"))
     )
     if not run.cpu and not llama.llama_supports_gpu_offload():
-        raise SystemExit(
-            f"bench.gpu: the llama-cpp-python in {Path(llama.__file__).parent} does not compute on a GPU"
-        )
+        folder = Path(llama.__file__).parent
+        raise SystemExit(f"bench.gpu: the llama-cpp-python in {folder} was built without CUDA")
     return {
         **machine,
         "card": name,
@@ -683,7 +707,8 @@ def write(machine: Row, results: dict[str, Row], folder: Path) -> list[str]:
     lines = [f"# {machine['card']}", "", *head(machine), ""]
     lines += [f"- {line}" for line in verdicts(results)]
     for name, result in results.items():
-        lines += ["", f"## {STEPS[name].title}", "", f"{name}, {result['seconds']:.0f} s", ""]
+        seconds = f", {result['seconds']:.0f} s" if result["seconds"] else ""
+        lines += ["", f"## {STEPS[name].title}", "", f"{name}{seconds}", ""]
         lines += [f"Not complete: {result['problem']}.", ""] if result["problem"] else []
         lines += table(result["rows"], STEPS[name].columns)
     name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", machine["card"].lower()).strip("-")
@@ -697,7 +722,8 @@ def head(machine: Row) -> list[str]:
     build = f"; llama-cpp-python {machine['build']}" if machine["build"] else ""
     return [
         f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}; {card}"
-        f"{machine['cpus']} x {machine['cpu']}, {machine['system']}; Python {machine['python']}, {packages}{build}",
+        f"{machine['cpus']} x {machine['cpu']}, {machine['system']}; Python {machine['python']}, "
+        f"{packages}{build}",
     ]
 
 
@@ -705,13 +731,11 @@ def table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> list[str]
     """As report.table, for rows of which some lack a key."""
     present = {key: column for key, column in columns.items() if any(key in row for row in rows)}
     cells = [
-        {key: form.format(row[key]) if key in row else "" for key, (_, form) in present.items()} for row in rows
-    ]  # fmt: skip
-    return (
-        report.table(cells, {key: (title, "{}") for key, (title, _) in present.items()})
-        if rows
-        else []
-    )
+        {key: form.format(row[key]) if key in row else "" for key, (_, form) in present.items()}
+        for row in rows
+    ]
+    titles = {key: (title, "{}") for key, (title, _) in present.items()}
+    return report.table(cells, titles) if rows else []
 
 
 def verdicts(results: dict[str, Row]) -> list[str]:
@@ -720,12 +744,12 @@ def verdicts(results: dict[str, Row]) -> list[str]:
     for name in ("parity", "parity-no-tf32", "parity-cpu"):
         rows = [row for row in results.get(name, {"rows": []})["rows"] if row["within"]]
         if rows:
-            good, most = (
-                sum(row["within"] == "yes" for row in rows),
-                max(row["largest"] for row in rows),
+            good = sum(row["within"] == "yes" for row in rows)
+            most = max(row["largest"] for row in rows)
+            lines.append(
+                f"{name}: {good} of {len(rows)} architectures are within 1/400 of their logits' "
+                f"range with F32 files (largest difference {most:.5f})"
             )
-            lines.append(f"{name}: {good} of {len(rows)} runs of F32 files are within 1/400 of the logits' range "
-                         f"(largest difference {most:.5f})")  # fmt: skip
     return lines + ratios(results)
 
 
@@ -742,9 +766,10 @@ def ratios(results: dict[str, Row]) -> list[str]:
         if row["chosen"] and row["size"] in theirs
     ]
     return [
-        f"{row['engine']}, lists of {row['size']}: {row['ms']:.1f} ms, transformers {theirs[row['size']]:.1f} ms: "
-        f"{theirs[row['size']] / row['ms']:.2f} times its speed" for row in ours
-    ]  # fmt: skip
+        f"{row['engine']}, lists of {row['size']}: {row['ms']:.1f} ms, transformers "
+        f"{theirs[row['size']]:.1f} ms: {theirs[row['size']] / row['ms']:.2f} times its speed"
+        for row in ours
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -773,8 +798,13 @@ def parser() -> argparse.ArgumentParser:
         default=ROOT / "build" / "gpu",
         help="where results go (default: build/gpu)",
     )
-    parser.add_argument("--peer-python", type=Path, default=Path(sys.executable), metavar="FILE",
-                        help="interpreter that has torch and transformers (default: this one)")  # fmt: skip
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        default=Path(sys.executable),
+        metavar="FILE",
+        help="interpreter that has torch and transformers (default: this one)",
+    )
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)  # the child's
     return parser
 

@@ -1,11 +1,11 @@
-"""PyTorch's side of bench/gpu.py: the model's logits in float32, and its speed as people run it on a GPU.
+"""PyTorch's side of bench/gpu.py: a model's logits in float32, and its speed as people run it.
 
     python -m bench.gpu_peer m3|gemma CHECKPOINT LISTS DEVICE OUT
 
-Runs in the interpreter that has torch and transformers, and imports nothing of this project. What is timed is
-transformers with sdpa attention, in float16 on a GPU and in float32 on a CPU, pairs sorted by length and padded in
-batches of the size that proves fastest: once from token ids, and for m3 once from texts with transformers' own
-tokenizer. OUT is written after every part.
+Runs in the interpreter that has torch and transformers, and imports nothing of this project. Timed
+is transformers with sdpa attention, in float16 on a GPU and in float32 on a CPU, pairs sorted by
+length and padded in batches of the size that proves fastest: once from token ids, and for m3 once
+from texts with transformers' own tokenizer. OUT is written after every part.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def seconds_of(score: Score, one: dict[str, Any], batch: int) -> float:
 def speed_rows(
     name: str, score: Score, lists: list[dict[str, Any]], source: str
 ) -> list[dict[str, Any]]:
-    """One row for each length of list: medians over the lists, with the batch that is fastest on the first of them."""
+    """A row for each length of list: medians, with the batch that is fastest on the first list."""
     rows = []
     for size in sorted({one["size"] for one in lists}):
         same = [one for one in lists if one["size"] == size]
@@ -107,10 +107,16 @@ def speed_row(
     name: str, source: str, size: int, batch: int, times: Sequence[float], n_tokens: Sequence[int]
 ) -> dict[str, Any]:
     return {
-        "engine": name, "from": source, "size": size, "batch": batch, "ms": 1000 * statistics.median(times),
-        "ms_min": 1000 * min(times), "ms_max": 1000 * max(times), "tokens": statistics.fmean(n_tokens),
+        "engine": name,
+        "from": source,
+        "size": size,
+        "batch": batch,
+        "ms": 1000 * statistics.median(times),
+        "ms_min": 1000 * min(times),
+        "ms_max": 1000 * max(times),
+        "tokens": statistics.fmean(n_tokens),
         "tokens_per_second": statistics.median(n / s for n, s in zip(n_tokens, times, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import checkpoints, fairness, http, memory, profile, report, scaling, settings
+from bench import checkpoints, fairness, gpu, http, memory, profile, report, scaling, settings
 from bench.engines import ACCEL_LIBRARY, Engine, MissingError, Setup
 from bench.texts import Request, made_lists, read_texts
 
@@ -237,3 +240,76 @@ def test_a_short_request_is_measured_alone_and_beside_a_long_one(tiny: Path, tmp
 def test_a_long_request_that_is_done_too_soon_is_no_measurement(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="a larger --long"):
         fairness.main([str(tiny), "--long", "1", "--words", "3", "--runs", "1", "--out", str(tmp_path)])
+
+
+# -- bench.gpu, whose steps must not fail in the minutes for which somebody has a GPU -----------------
+
+
+@pytest.fixture
+def gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Run:
+    monkeypatch.setattr(gpu, "ARCHITECTURES", ("bert",))
+    monkeypatch.setattr(gpu, "TINY_TYPES", ("F32",))
+    monkeypatch.setattr(gpu, "LISTS", 2)
+    return gpu.Run(True, tmp_path / "cache", tmp_path / "out", Path(sys.executable), False)
+
+
+def test_the_steps_of_a_gpu_run_give_every_column_of_their_tables(gpu_run: gpu.Run) -> None:
+    """Here without a GPU; an error in one of them would cost the rented minutes."""
+    results: dict[str, dict[str, Any]] = {}
+    for name in ("models", "parity", "speed", "server", "twice"):
+        rows = list(gpu.STEPS[name].work(gpu_run))
+        assert rows
+        assert all(set(row) >= set(gpu.STEPS[name].columns) for row in rows), name
+        results[name] = {"seconds": 1.0, "problem": "", "rows": rows}
+    (parity,) = results["parity"]["rows"]
+    assert parity["within"] == "yes"
+    text = "\n".join(gpu.write(gpu.describe(gpu_run), results, gpu_run.out))
+    assert "parity: 1 of 1 architectures" in text
+    assert json.loads((gpu_run.out / "gpu-no-gpu.json").read_text())["steps"]["speed"]["rows"]
+
+
+@pytest.mark.parametrize("wrong", [0.01, math.nan])
+def test_a_logit_that_is_off_on_a_gpu_is_told(wrong: float) -> None:
+    """A wrong score must not hide in a mean, nor one that is no number in a comparison."""
+    reference = np.linspace(-1, 1, 37)
+    good = gpu.compare(reference + gpu.TOLERANCE, reference)
+    assert gpu.worst([good], gpu.TOLERANCE)["within"] == "yes"
+    logits = reference.copy()
+    logits[5] += wrong * np.ptp(reference)
+    assert gpu.worst([good, gpu.compare(logits, reference)], gpu.TOLERANCE)["within"] == "NO"
+
+
+def test_a_step_that_hangs_is_stopped_with_all_that_it_has_started(tmp_path: Path) -> None:
+    """A server or a PyTorch that lives on would sit on the card, and the next step would measure it."""
+    pid_file = tmp_path / "pid"
+    script = (
+        "import pathlib, subprocess; child = subprocess.Popen(['sleep', '60']); "
+        f"pathlib.Path({str(pid_file)!r}).write_text(str(child.pid)); child.wait()"
+    )
+    step = gpu.Step("hangs", gpu.parity, 2, {})
+    assert gpu.end_of([sys.executable, "-c", script], step) == "it was stopped after 2 s"
+    deadline = time.monotonic() + 5
+    while is_running(int(pid_file.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(int(pid_file.read_text()))
+
+
+def is_running(pid: int) -> bool:
+    """A zombie, which nobody has waited for yet, does not run."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+def test_a_step_that_fails_is_told_and_its_rows_are_kept(gpu_run: gpu.Run) -> None:
+    gpu_run.cache.mkdir()
+    arguments = ["--cpu", "--cache", str(gpu_run.cache)]
+    result = gpu.run_step("agreement", arguments, gpu_run)  # there are no logits to compare with
+    assert result["problem"] == "it ended with status 1"
+    text = "\n".join(gpu.write(gpu.describe(gpu_run), {"agreement": result}, gpu_run.out))
+    assert "Not complete: it ended with status 1." in text
+
+
+def test_without_a_card_the_reader_is_told_what_to_do() -> None:
+    with pytest.raises(SystemExit, match="--cpu"):
+        gpu.split_card("")
+    assert gpu.split_card("NVIDIA H200, 580.159.04, 143771") == ("NVIDIA H200", "580.159.04", "143771")
