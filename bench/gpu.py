@@ -218,13 +218,13 @@ def tiny_logits(
     for ubatch in PARITY_UBATCHES:
         with opened(file, run.settings(on_gpu, ubatch=ubatch, max_length=longest)) as engine:
             pairs = [
-                engine.pairs.make(pair.query, [pair.passage], pair.max_length)[0]
+                engine.pairs.make(pair.query, [pair.passage], rerank_server.Cut(pair.max_length))[0]
                 for pair in SCORED_PAIRS
             ]
             reference = golden_logits(architecture, engine)
             if ubatch == PARITY_UBATCHES[0]:
                 yield ALONE, np.array([engine.score([pair])[0] for pair in pairs]), reference
-            yield str(ubatch), np.array(engine.score(pairs)), reference
+            yield str(ubatch), np.array(rerank_server.score_all(engine, pairs)), reference
 
 
 def golden_logits(architecture: str, engine: rerank_server.Engine) -> Logits:
@@ -303,7 +303,7 @@ def our_difference(run: Run, kind: str, exact: Logits, one: Row, on_gpu: bool = 
     """Of as many pairs of the list as there are exact logits."""
     with opened(run.file("m3", kind), run.settings(on_gpu)) as engine:
         logits = np.array(
-            engine.score(engine.pairs.make(one["query"], one["passages"][: len(exact)]))
+            rerank_server.score_all(engine, engine.pairs.make(one["query"], one["passages"][: len(exact)]))
         )
     return difference(logits, exact)
 
@@ -375,7 +375,7 @@ def timed(engine: rerank_server.Engine, lists: Sequence[Row]) -> Row:
             engine.pairs.make(one["query"], one["passages"]), key=lambda pair: -pair.n_new
         )
         ready = time.perf_counter()
-        engine.score(pairs)
+        rerank_server.score_all(engine, pairs)
         made.append(ready - started)
         scored.append(time.perf_counter() - ready)
         n_tokens.append(sum(len(pair.ids) for pair in pairs))
@@ -470,7 +470,7 @@ def operations(file: Path, settings: rerank_server.Settings, one: Row) -> dict[s
         pairs.sort(key=lambda pair: -pair.n_new)
         for _ in range(3):
             profiler.take()
-            engine.score(pairs)
+            rerank_server.score_all(engine, pairs)
         return profiler.take()
 
 
@@ -496,7 +496,7 @@ def twice(run: Run) -> Iterator[Row]:
 
 def score_half(engine: rerank_server.Engine, one: Row) -> None:
     pairs = engine.pairs.make(one["query"], one["passages"])
-    engine.score(sorted(pairs, key=lambda pair: -pair.n_new))
+    rerank_server.score_all(engine, sorted(pairs, key=lambda pair: -pair.n_new))
 
 
 def mini(run: Run) -> Iterator[Row]:

@@ -23,6 +23,8 @@ from conftest import EngineOf, Gguf
 from guard import needs
 from test_the_server import PASSAGES, QUERY, health, main, post
 
+import rerank_server
+
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "rerank-server:latest"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60, 60
