@@ -46,7 +46,8 @@ SEED = 5
 # Logits with the engine against those without, as a part of their range. Activations and weights have 127 steps on each
 # side: 1 % of a product, at random. Measured: 1/23 (XLM-R), 1/55 (BERT), 1/44 (bi-encoder), 1/43 (Gemma).
 TOLERANCE = 1 / 20
-# ModernBERT's layers multiply two rounded products (GEGLU) and have no biases: measured 1/18, the mean of all pairs 1/67.
+# ModernBERT's layers multiply two rounded products (GEGLU) and have no biases: measured 1/18, the mean
+# of all pairs 1/67.
 MODERNBERT_TOLERANCE = 1 / 15
 # The same with bfloat16, whose 8 bits are 0.2 % of each value. Measured: 1/120 (XLM-R), 1/177, 1/160, 1/168.
 BF16_TOLERANCE = 1 / 80
