@@ -1,6 +1,6 @@
-// Softmax attention of packed pairs: llama.cpp puts many pairs into a batch and masks what belongs to others; ggml computes
-// all of it, here keys that no query of a tile may see are left out. In bfloat16 where the CPU multiplies that, else in
-// float32. A pair's score does not depend on what else is in its batch.
+// Softmax attention of packed pairs: llama.cpp puts many pairs into a batch and masks what belongs to others; ggml
+// computes all of it, here keys that no query of a tile may see are left out. In bfloat16 where the CPU multiplies that,
+// else in float32.
 
 #pragma once
 
@@ -78,7 +78,8 @@ class FloatAttention {
             bool is_seen = false;
             for (int64_t row = 0; row < n && !is_seen; row++) {
                 const uint16_t * mask = halves(op->src[3], first + row, 0) + block * BLOCK;
-                for (int64_t i = 0; i < std::min(BLOCK, n_kv - block * BLOCK); i++) is_seen |= mask[i] != MINUS_INFINITY;
+                const int64_t n_keys = std::min(BLOCK, n_kv - block * BLOCK);
+                for (int64_t i = 0; i < n_keys; i++) is_seen |= mask[i] != MINUS_INFINITY;
             }
             if (is_seen) {
                 own[n_seen[tile]++] = (int32_t) block;
@@ -120,8 +121,8 @@ class FloatAttention {
             const float * block = &keys[offset + blocks[i] * BLOCK * d];
             for (int64_t row = 0; row < n; row += STEP_ROWS) {
                 for (int64_t column = 0; column < BLOCK; column += STEP_COLUMNS) {
-                    multiply_add(queries + row * d, d, block + column, BLOCK, d, scores + row * width + i * BLOCK + column,
-                                 width);
+                    multiply_add(queries + row * d, d, block + column, BLOCK, d,
+                                 scores + row * width + i * BLOCK + column, width);
                 }
             }
         }
@@ -137,7 +138,8 @@ class FloatAttention {
             const float * block = &values[offset + blocks[i] * BLOCK * d];
             for (int64_t row = 0; row < n; row += STEP_ROWS) {
                 for (int64_t column = 0; column < d; column += STEP_COLUMNS) {
-                    multiply_add(scores + row * width + i * BLOCK, width, block + column, d, BLOCK, out + row * d + column, d);
+                    multiply_add(scores + row * width + i * BLOCK, width, block + column, d, BLOCK,
+                                 out + row * d + column, d);
                 }
             }
         }
@@ -172,9 +174,9 @@ VECTORISED bool hides_more(const uint16_t * before, const uint16_t * after, int6
 
 // Which queries of a mask are computed together, and with which keys: found once for all layers and heads.
 //
-// A segment is what belongs to one sequence, whatever else is in the batch: queries one after the other that see what the
-// one before sees, and perhaps more. Its keys are numbered among themselves, so that all sums are made in an order that
-// does not depend on where in the batch the sequence stands.
+// A segment is what belongs to one sequence, whatever else is in the batch: queries one after the other that see what
+// the one before sees, and perhaps more. Its keys are numbered among themselves, so that all sums are made in an order
+// that does not depend on where in the batch the sequence stands: the results are the same to the bit in any company.
 class Plan {
   public:
     struct Segment {
@@ -332,7 +334,8 @@ class Bf16Attention {
     WITH_BF16 void attend(const ggml_tensor * op, const Plan::Tile & tile, int64_t head, float * own) const {
         const ggml_tensor *q = op->src[0], *k = op->src[1];
         const Plan::Segment & segment = plan.segments[tile.segment];
-        const int64_t d = q->ne[0], n_groups = tile.n_groups, width = n_groups * GROUP, kv_head = head / (q->ne[2] / k->ne[2]);
+        const int64_t d = q->ne[0], n_groups = tile.n_groups, width = n_groups * GROUP;
+        const int64_t kv_head = head / (q->ne[2] / k->ne[2]);
         const int64_t offset = (kv_head * (int64_t) plan.segment_of.size() + segment.first_group) * GROUP * d;
         float *out = own, *scores = out + TILE_ROWS * d, *mask = scores + TILE_ROWS * width;
         uint16_t * weights = (uint16_t *) (void *) (mask + width);
@@ -351,8 +354,8 @@ class Bf16Attention {
                 if (!tile.is_uniform) {
                     read_mask(op->src[3], first + row, segment.keys, width, mask);
                 }
-                sums[row] = soft_weights(scores + row * width, tile.is_uniform ? nullptr : mask, segment.keys.size(), width,
-                                         weights + row * width);
+                sums[row] = soft_weights(scores + row * width, tile.is_uniform ? nullptr : mask, segment.keys.size(),
+                                         width, weights + row * width);
             }
             const Parts v_parts{&values[offset], n_groups, GROUP / 2, GROUP * d, GROUP * LANES, 2 * LANES};
             multiply_groups(weights, width, v_parts, d / LANES, out, d);

@@ -57,8 +57,8 @@ WITH_AVX512 inline int32_t wide_quantise(const float * row, int64_t n, float sca
     return _mm512_reduce_add_epi32(sums);
 }
 
-// out [6, 64] = in [6, k] x panel, exact. panel: [k / 4][64][4] of weight + 128, as the instruction multiplies an unsigned
-// by a signed byte; so 128 times the sum of each row (row_sums) is taken away. k is a multiple of 4.
+// out [6, 64] = in [6, k] x panel, exact. panel: [k / 4][64][4] of weight + 128, as the instruction multiplies an
+// unsigned by a signed byte; so 128 times the sum of each row (row_sums) is taken away. k is a multiple of 4.
 WITH_INT8 inline void multiply_int8(
     const int8_t * in, int64_t k, const uint8_t * panel, const int32_t * row_sums, int32_t * out
 ) {
@@ -158,8 +158,8 @@ WITH_BF16 inline float narrow(const float * row, int64_t n, float factor, uint16
     return _mm512_reduce_add_ps(poison);
 }
 
-// weights = 2^(scores + mask - their largest), for rows of a multiple of 16; without a mask, the first n count. Returns the
-// sum, of what is rounded; NaN where a score is not a number.
+// weights = 2^(scores + mask - their largest), for rows of a multiple of 16; without a mask, the first n count. Returns
+// the sum before rounding; NaN where a score is not a number.
 WITH_BF16 inline float soft_weights(float * scores, const float * mask, int64_t n, int64_t width, uint16_t * weights) {
     const __m512 hidden = _mm512_set1_ps(-INFINITY);
     __m512 largest = hidden, poison = _mm512_setzero_ps(), sums = poison;

@@ -54,8 +54,8 @@ VECTORISED int32_t quantise(const float * row, int64_t n, float scale, int8_t * 
     return sum;
 }
 
-// 2^power: the whole part by the bits of a float, the rest by a polynomial (the Taylor series of 2^r for |r| <= 1/2; its
-// error is below 2e-7 of the value). 0 below 2^-126, and not more than 2^126.
+// 2^power: the whole part by the bits of a float, the rest by a polynomial (the Taylor series of 2^r for |r| <= 1/2;
+// its error is below 2e-7 of the value). 0 below 2^-126, and not more than 2^126.
 INLINE float power_of_two(float power) {
     const float bounded = std::min(126.0f, std::max(-126.0f, power));
     const float whole = (bounded + 12582912.0f) - 12582912.0f;  // rounds to the nearest

@@ -144,15 +144,15 @@ WITH_AVX512 void finish_tile(
 
 // -- weights and activations ------------------------------------------------------------------------------------------
 
-// Memory that begins at a cache line, and that huge pages can hold.
+// Memory that begins at a cache line.
 class Buffer {
   public:
-    explicit Buffer(size_t n_bytes) : n_bytes(n_bytes), memory((n_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT + ALIGNMENT) {}
-    char * data() { return (char *) (((uintptr_t) memory.data() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT); }
+    explicit Buffer(size_t n_bytes) : n_bytes(n_bytes), memory(n_bytes + CACHE_LINE) {}
+    char * data() { return (char *) (((uintptr_t) memory.data() + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE); }
     const size_t n_bytes;
 
   private:
-    static constexpr size_t ALIGNMENT = 64;
+    static constexpr size_t CACHE_LINE = 64;
     std::vector<char> memory;
 };
 
