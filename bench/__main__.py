@@ -109,7 +109,7 @@ def draw_rounds(file: Path, texts: Texts, scenarios: Sequence[Scenario], n_runs:
 
 def shortened(request: Request, engine: rerank_server.Engine) -> Request:
     """With passages cut to what fits a pair: llama-server answers 500 to a longer one, the others cut it themselves."""
-    room = engine.pairs.room(request.query, MAX_LENGTH_TOKENS) - SPARE_TOKENS
+    room = engine.pairs.room(request.query) - SPARE_TOKENS
     cut = (passage[: engine.pairs.n_characters(passage, room)] for passage in request.passages)
     return Request(request.query, tuple(cut))
 

@@ -83,7 +83,7 @@ class Running:
         self.engine = FakeEngine()
         m3 = server.LocalRole("m3", describe_fake("fake-m3"), settings, lambda *_: self.engine)
         gemma = server.LocalRole("gemma", describe_fake("fake-gemma"), settings, self._load_gemma) if with_gemma else None
-        self.roles = server.Roles(m3, gemma, is_fallback=False)
+        self.roles: Any = server.Roles(m3, gemma)
         self.server = server.RerankServer(server.Application(self.roles, settings), settings)
         self.port: int = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

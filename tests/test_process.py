@@ -216,7 +216,7 @@ def test_no_model_at_all_ends_with_one_line_that_says_what_to_run(tmp_path: Path
         (["--port", "x"], {}, "--port must be a whole number"),
         ([], {"RERANK_MAX_LENGTH": "9000"}, "--max-length must be between 32 and 8192"),
         ([], {"RERANK_UBATCH": "many"}, "RERANK_UBATCH must be a whole number"),
-        ([], {"RERANK_DEBUG": "perhaps"}, "RERANK_DEBUG must be true or false"),
+        ([], {"RERANK_STRICT_MODEL": "perhaps"}, "RERANK_STRICT_MODEL must be true or false"),
         (["--repack", "maybe"], {}, "--repack must be auto, on, off, not 'maybe'"),
         (["--ubatch", "8"], {}, "--ubatch must be 0 or at least 32"),
         (["--m3", "nowhere.gguf"], {}, "--m3: there is no file nowhere.gguf"),
@@ -238,7 +238,8 @@ def test_a_port_in_use_is_said_in_one_line(process: ServerProcess, models: Path)
 
 
 def test_environment_variables_set_what_flags_set(models: Path) -> None:
-    server = ServerProcess(RERANK_MODELS=str(models), RERANK_MAX_LENGTH="64", RERANK_THREADS="1", RERANK_DEBUG="true")
+    changes = {"RERANK_MAX_LENGTH": "64", "RERANK_THREADS": "1", "RERANK_STRICT_MODEL": "true"}
+    server = ServerProcess(RERANK_MODELS=str(models), **changes)
     assert server.health()["models"]["m3"]["max_length"] == 64
     assert "1 threads" in server.report
     assert server.stop() == 0
