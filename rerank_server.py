@@ -2877,18 +2877,21 @@ def best_first(results: Iterable[Scored]) -> list[Scored]:
 class Ranking:
     """The answer before it is written, best first."""
 
-    results: Sequence[Scored]
+    request: RerankRequest
+    path: str
     file: str  # of the last stage
+    results: Sequence[Scored]
     rescored: Sequence[Scored] = ()  # by the first stage, of passages that the second put first
+
+    def shown(self) -> list[Scored]:
+        top_n, low = self.request.top_n, self.request.min_score
+        high = [one for one in self.results if low is None or one.value(self.request) >= low]
+        return high[:top_n]
 
     @property
     def n_tokens(self) -> int:
         """Read in both stages."""
         return sum(result.n_tokens for result in (*self.results, *self.rescored))
-
-    def shown(self, request: RerankRequest) -> list[Scored]:
-        low = -math.inf if request.min_score is None else request.min_score
-        return [result for result in self.results if result.value(request) >= low][: request.top_n]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3028,11 +3031,10 @@ class LocalRole(Role):
             return self._scheduler.engine
 
     def _load_file(self, is_alone: bool) -> Engine:
-        started, model = time.perf_counter(), self.description
-        log.info("%s: loading %s (%.0f MB)", self.name, model.name, model.file_bytes / 1e6)
-        engine = self._load(model.path, self._settings, is_alone)
-        seconds = time.perf_counter() - started
-        log.info("%s: %s loaded in %.1f s", self.name, model.name, seconds)
+        started, path = time.perf_counter(), self.description.path
+        log.info("%s: loading %s", self.name, path.name)
+        engine = self._load(path, self._settings, is_alone)
+        log.info("%s: loaded in %.1f s", self.name, time.perf_counter() - started)
         return engine
 
     def _idle_s(self, engine: Engine) -> float | None:
@@ -3151,34 +3153,34 @@ def find_roles(settings: Settings) -> list[LocalRole]:
     Nothing is loaded. Raises ModelError when none serves m3, and SettingsError."""
     named = settings.m3 and settings.gemma
     found = [] if named else servable_files(settings.model_folders)
-    m3 = _named(settings.m3, CROSS_ENCODER, BI_ENCODER) or newest(found, CROSS_ENCODER, BI_ENCODER)
-    gemma = _named(settings.gemma, YES_LOGIT) or newest(found, YES_LOGIT)
+    m3 = _file_of(settings.m3, found, CROSS_ENCODER, BI_ENCODER)
+    gemma = _file_of(settings.gemma, found, YES_LOGIT)
     if m3 is None:
         folders = " or ".join(map(str, settings.model_folders))
         raise ModelError(
             f"no model in {folders}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
             "`make mini` for the small one that needs no Hub")
-    models = {"m3": m3, "gemma": gemma} if gemma else {"m3": m3}
-    maps: dict[str, Calibration] = {}
-    if settings.calibration:
-        maps = read_calibrations(settings.calibration, list(models.values()))
+    models = [m3, gemma] if gemma else [m3]
+    maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
     return [
         LocalRole(name, model, settings, calibration=maps.get(model.name))
-        for name, model in models.items()
+        for name, model in zip(("m3", "gemma"), models, strict=False)
     ]
 
 
-def _named(path: Path | None, *kinds: str) -> ModelDescription | None:
-    """The file that a flag names. Raises ModelError."""
+def _file_of(
+    path: Path | None, found: Sequence[ModelDescription], *kinds: str
+) -> ModelDescription | None:
+    """path: what a flag names. Raises ModelError."""
     if path is None:
-        return None
-    description = describe(GgufFile.open(path))
-    if description.kind not in kinds:
-        takes = f"(it takes {' or '.join(kinds)})"
-        raise ModelError(f"{path}: a {description.kind} model cannot serve this role {takes}")
-    if description.doubt:
-        log.warning("%s: %s; it is served because a flag names it", path, description.doubt)
-    return description
+        return newest(found, *kinds)
+    model = describe(GgufFile.open(path))
+    if model.kind not in kinds:
+        takes = " or ".join(kinds)
+        raise ModelError(f"{path}: a {model.kind} model cannot serve this role (it takes {takes})")
+    if model.doubt:
+        log.warning("%s: %s; it is served because a flag names it", path, model.doubt)
+    return model
 
 
 def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
@@ -3187,15 +3189,15 @@ def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
     found = []
     for path in itertools.chain.from_iterable(map(_gguf_files, folders)):
         try:
-            description = describe(GgufFile.open(path))
+            model = describe(GgufFile.open(path))
         except (ModelError, OSError) as error:
             log.warning("not served: %s", error)
             continue
-        if description.doubt:
-            flag = "--gemma" if description.kind == YES_LOGIT else "--m3"
-            log.warning("not served: %s: %s (%s FILE)", path, description.doubt, flag)
+        flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
+        if model.doubt:
+            log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
         else:
-            found.append(description)
+            found.append(model)
     return found
 
 
@@ -3260,118 +3262,104 @@ def _names(role: Role | None) -> set[str]:
 # that a strict one refuses.
 # --------------------------------------------------------------------------------------------------
 
-Writer = Callable[[Ranking, RerankRequest, str], Any]  # (ranking, request, path)
-
-
-def write_native(ranking: Ranking, request: RerankRequest, path: str) -> list[float]:
+def write_native(ranking: Ranking) -> list[float]:
     """A float for each passage, in its order. After two stages the floats of the rest are
     multiplied by the lowest of the second stage, so that the array ranks as the stages do."""
-    scores = {result.index: result.value(request) for result in ranking.results}
-    n_llm = len(ranking.rescored)
-    if n_llm and not request.raw_scores:
-        lowest = min(result.score for result in ranking.results[:n_llm])
-        rest = ranking.results[n_llm:]
-        scores |= {result.index: lowest * result.score for result in rest}
-    return [scores[index] for index in range(len(request.passages))]
+    request, results, n = ranking.request, ranking.results, len(ranking.rescored)
+    scores = {result.index: result.value(request) for result in results}
+    if n and not request.raw_scores:
+        lowest = min(result.score for result in results[:n])
+        scores |= {result.index: lowest * result.score for result in results[n:]}
+    return [scores[index] for index in range(len(scores))]
 
 
-def _result(
-    result: Scored, request: RerankRequest, key: str, document: dict[str, Any],
-    has_more: bool = True,
-) -> dict[str, Any]:
-    """document: for a request that wants it back. has_more: this server's own words, too."""
-    written: dict[str, Any] = {"index": result.index, key: result.value(request)}
-    if request.return_documents:
-        written |= document
-    more = {
-        "model": result.model, "id": request.ids and request.ids[result.index],
-        "truncated": result.truncated or None, "characters_read": result.characters_read,
-        "replaced": result.index in request.replaced or None,
-    }
-    if has_more:
-        written |= {name: value for name, value in more.items() if value is not None}
+def _written(
+    ranking: Ranking, results: Iterable[Scored], key: str, document: str = "document",
+    as_sent: bool = False, has_more: bool = True,
+) -> list[dict[str, Any]]:
+    """document: the key of a passage that is asked back. as_sent: as an object, with what else the
+    client's held. has_more: this server's own words, too."""
+    request, written = ranking.request, []
+    for result in results:
+        index = result.index
+        entry: dict[str, Any] = {"index": index, key: result.value(request)}
+        if request.return_documents:
+            text = request.passages[index]
+            entry[document] = {**_sent(request, index), "text": text} if as_sent else text
+        more = {
+            "model": result.model, "id": request.ids and request.ids[index],
+            "truncated": result.truncated or None, "replaced": index in request.replaced or None,
+            "characters_read": result.characters_read,
+        }
+        if has_more:
+            entry |= {name: value for name, value in more.items() if value is not None}
+        written.append(entry)
     return written
 
 
-def write_tei(ranking: Ranking, request: RerankRequest, path: str) -> list[dict[str, Any]]:
+def _sent(request: RerankRequest, index: int) -> dict[str, Any]:
+    sent = request.documents[index] if request.documents else None
+    return sent if isinstance(sent, dict) else {}
+
+
+def write_tei(ranking: Ranking) -> list[dict[str, Any]]:
     """Elastic's parser refuses any key but index, score and text."""
-    return [
-        _result(result, request, "score", {"text": request.passages[result.index]},
-                request.asks_more)
-        for result in ranking.shown(request)
-    ]
+    has_more = ranking.request.asks_more
+    return _written(ranking, ranking.shown(), "score", "text", has_more=has_more)
 
 
-def write_jina(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+def write_jina(ranking: Ranking) -> dict[str, Any]:
     """Jina's, Cohere's and their kin's; RAGFlow's Xinference form reads meta.tokens."""
-    results = [
-        _result(result, request, "relevance_score", {"document": _document(request, result.index)})
-        for result in ranking.shown(request)
-    ]
     meta = {
-        "api_version": {"version": "2" if "v2" in segments_of(path) else "1"},
+        "api_version": {"version": "2" if "v2" in segments_of(ranking.path) else "1"},
         "billed_units": {"search_units": 1},
         "tokens": {"input_tokens": ranking.n_tokens, "output_tokens": 0},
     }
-    return {**_envelope(ranking, request, "rerank"), "results": results, "meta": meta}
+    results = _written(ranking, ranking.shown(), "relevance_score", as_sent=True)
+    return {**_envelope(ranking, "rerank"), "results": results, "meta": meta}
 
 
-def _document(request: RerankRequest, index: int) -> dict[str, Any]:
-    """As it was sent, with the text that was read; the id stands beside it."""
-    sent = request.documents[index] if request.documents else None
-    others = sent if isinstance(sent, dict) else {}
-    return {**others, "text": request.passages[index]}
-
-
-def write_voyage(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+def write_voyage(ranking: Ranking) -> dict[str, Any]:
     """Voyage's client reads `data`; LightRAG and SGLang, which send top_k as well, `results`."""
-    data = [
-        _result(result, request, "relevance_score", {"document": request.passages[result.index]})
-        for result in ranking.shown(request)
-    ]
-    return {**write_jina(ranking, request, path), "object": "list", "data": data}
+    data = _written(ranking, ranking.shown(), "relevance_score")
+    return {**write_jina(ranking), "object": "list", "data": data}
 
 
-def write_dashscope(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    jina = write_jina(ranking, request, path)
+def write_dashscope(ranking: Ranking) -> dict[str, Any]:
+    jina = write_jina(ranking)
     output = {"results": jina["results"]}
     return {"output": output, "usage": jina["usage"], "request_id": jina["id"]}
 
 
-def write_nvidia(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    shown = ranking.shown(request)
+def write_nvidia(ranking: Ranking) -> dict[str, Any]:
+    shown = ranking.shown()
     return {"rankings": [{"index": result.index, "logit": result.logit} for result in shown]}
 
 
-def write_khoj(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    return {"scores": write_native(ranking, request, path)}
+def write_khoj(ranking: Ranking) -> dict[str, Any]:
+    return {"scores": write_native(ranking)}
 
 
-def write_weaviate(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    """In the order of the documents."""
-    scores = zip(request.passages, write_native(ranking, request, path), strict=True)
+def write_weaviate(ranking: Ranking) -> dict[str, Any]:
+    scores = zip(ranking.request.passages, write_native(ranking), strict=True)
     return {"scores": [{"document": text, "score": score} for text, score in scores]}
 
 
-def write_score(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+def write_score(ranking: Ranking) -> dict[str, Any]:
     """In the order of the texts."""
     in_order = sorted(ranking.results, key=lambda result: result.index)
-    data = [
-        _result(result, request, "score", {"document": request.passages[result.index]})
-        | {"object": "score"}
-        for result in in_order
-    ]
-    return {**_envelope(ranking, request, "list"), "data": data}
+    data = [{"object": "score", **entry} for entry in _written(ranking, in_order, "score")]
+    return {**_envelope(ranking, "list"), "data": data}
 
 
-def _envelope(ranking: Ranking, request: RerankRequest, kind: str) -> dict[str, Any]:
+def _envelope(ranking: Ranking, kind: str) -> dict[str, Any]:
     """kind: infinity's client knows no other `object` than "rerank" for a ranking."""
     usage = {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens}
-    name, model = f"rerank-{uuid.uuid4().hex}", request.model or ranking.file
+    name, model = f"rerank-{uuid.uuid4().hex}", ranking.request.model or ranking.file
     return {"id": name, "object": kind, "model": model, "usage": usage}
 
 
-CONTRACTS: dict[str, Writer] = {  # contract_of's names
+CONTRACTS: dict[str, Callable[[Ranking], Any]] = {  # contract_of's names
     "native": write_native, "jina": write_jina, "tei": write_tei, "voyage": write_voyage,
     "score": write_score, "nvidia": write_nvidia, "weaviate": write_weaviate,
     "dashscope": write_dashscope, "khoj": write_khoj,
@@ -3463,35 +3451,32 @@ class Application:
         for name, indices in (("Truncated", truncated), ("Replaced", request.replaced)):
             if indices:
                 headers[f"X-Rerank-{name}"] = index_header(indices)
-        answer = CONTRACTS[contract](ranking, request, call.path)
-        return Response(200, answer, headers)
+        return Response(200, CONTRACTS[contract](ranking), headers)
 
     def rank(self, request: RerankRequest, call: Call) -> Ranking:
         """Two stages: m3 scores everything, gemma the best llm_top_n, and those come first."""
         call.request = request
         call.timeout_s = min(call.timeout_s, request.timeout_s, self._settings.max_timeout_s)
         role = self._roles.select(request, self._settings.strict_model)
-        m3, n, everything = self._roles.m3, request.llm_top_n, range(len(request.passages))
         self.metrics.replaced_passages.labels(role.name).inc(len(request.replaced))
+        ranking = functools.partial(Ranking, request, call.path, role.description.name)
+        m3, n, everything = self._roles.m3, request.llm_top_n, range(len(request.passages))
         if role is m3 or n is None:
-            results = best_first(role.score(request, everything, call))
-            return Ranking(results, role.description.name)
+            return ranking(best_first(role.score(request, everything, call)))
         with role.admit(request, n) as job:  # now: not a refusal when the first stage is done
             first = best_first(m3.score(request, everything, call))
             best = [result.index for result in first[:n]]
             second = best_first(role.score(request, best, call, job))
-        return Ranking([*second, *first[n:]], role.description.name, first[:n])
+        return ranking([*second, *first[n:]], first[:n])
 
     def page(self, raw: bytes, call: Call) -> Response:
-        """A page for people. The endpoints for a client that asks for JSON, and where there is no
-        such file."""
+        """For people; for a client that asks for JSON, and where there is no page, the
+        endpoints."""
         wants_json = "application/json" in call.accept and "text/html" not in call.accept
         if not wants_json and (self._web / "index.html").is_file():
             return page_response(self._file("index.html"))
-        endpoints = [
-            f"{method} {path}" for path, methods in self.routes.items() for method in methods
-        ]
-        about = {"name": "rerank-server", "version": __version__, "endpoints": endpoints}
+        ways = [f"{method} {path}" for path, methods in self.routes.items() for method in methods]
+        about = {"name": "rerank-server", "version": __version__, "endpoints": ways}
         return Response(200, about)
 
     def docs(self, raw: bytes, call: Call) -> Response:
@@ -3501,7 +3486,7 @@ class Application:
         return Response(200, self._file("openapi.json"), page_type="application/json")
 
     def _file(self, name: str) -> str:
-        """Of web/. Raises HttpError: rerank_server.py was copied alone."""
+        """Raises HttpError where rerank_server.py was copied alone."""
         try:
             return (self._web / name).read_text(encoding="utf-8")
         except OSError:
@@ -4321,28 +4306,22 @@ def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None)
 def unconverted(folders: Iterable[Path]) -> Iterator[str]:
     """A line with the command for each reranker's checkpoint in the models folders that no GGUF
     file was made of yet, and for a clone that holds only git-lfs's pointers."""
-    for config in itertools.chain.from_iterable(map(_configs, folders)):
+    for config in (config for folder in folders for config in sorted(folder.glob("*/config.json"))):
         checkpoint = config.parent
-        is_converted = any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf"))
-        if is_converted or not _is_reranker(config):
-            continue
         where = os.path.relpath(checkpoint)
+        if any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf")) or not _is_reranker(config):
+            continue
         if any(map(_is_lfs_pointer, checkpoint.glob("*.safetensors"))):
             yield f"{where} holds git-lfs pointers: cd {where} && git lfs pull"
         else:
             yield f"{where} is not converted yet: .venv/bin/python -m convert {where}"
 
 
-def _configs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/config.json"))
-
-
 def _is_reranker(config: Path) -> bool:
-    try:
-        architectures = json.loads(config.read_bytes()).get("architectures") or [""]
-        return "ForSequenceClassification" in architectures[0] or "rerank" in config.parent.name
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return False
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        architecture = json.loads(config.read_bytes())["architectures"][0]
+        return "rerank" in config.parent.name or "ForSequenceClassification" in architecture
+    return False
 
 
 def _is_lfs_pointer(path: Path) -> bool:
