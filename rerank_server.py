@@ -2802,20 +2802,16 @@ def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
 
 
 def sigmoid(logit: float) -> float:
-    """Stable for any finite logit. Raises EngineError for NaN and infinities: a failure is never a
-    score."""
+    """Raises EngineError for NaN and infinities: a failure is never a score."""
     if not math.isfinite(logit):
         raise EngineError(f"the model gave {logit} in place of a score")
-    if logit >= 0:
-        return 1.0 / (1.0 + math.exp(-logit))
-    exponential = math.exp(logit)
-    return exponential / (1.0 + exponential)
+    exponential = math.exp(-abs(logit))  # with the other sign it may overflow
+    return (exponential if logit < 0 else 1.0) / (1.0 + exponential)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """score = sigmoid(scale * logit + bias). Without a file: the plain sigmoid. The order of scores
-    stays."""
+    """A rising curve: the order of scores stays. Without a file: the plain sigmoid."""
 
     scale: float = 1.0
     bias: float = 0.0
@@ -2826,12 +2822,8 @@ class Calibration:
 
 
 def read_calibrations(path: Path, models: Sequence[ModelDescription]) -> dict[str, Calibration]:
-    """From a file that bench.calibrate wrote: model's name -> its map, for those of `models` that
-    it was fitted for.
-
-    Raises SettingsError: not such a file, fitted for none of the models, or for another file of the
-    same name.
-    """
+    """From a file of bench.calibrate: a model's name -> its map, for those of `models` in it.
+    Raises SettingsError where it is for none of them, or for another file of the same name."""
     try:
         listed = json.loads(path.read_bytes())["calibrations"]
         entries = {entry["file"]: entry for entry in listed}
@@ -2841,9 +2833,9 @@ def read_calibrations(path: Path, models: Sequence[ModelDescription]) -> dict[st
         what = f"not a file of `python -m bench.calibrate` ({error})"
         raise SettingsError(f"--calibration {path}: {what}") from None
     if not found:
-        fitted = ", ".join(entries) or "nothing"
-        served = ", ".join(model.path.name for model in models)
-        raise SettingsError(f"--calibration {path} was fitted for {fitted}, not for {served}")
+        fitted, served = ", ".join(entries), ", ".join(model.path.name for model in models)
+        what = f"was fitted for {fitted or 'nothing'}, not for {served}"
+        raise SettingsError(f"--calibration {path} {what}")
     return found
 
 
@@ -2852,9 +2844,8 @@ def _calibration_of(entry: dict[str, Any], model: ModelDescription) -> Calibrati
         if entry[name] != getattr(model, name):
             raise SettingsError(
                 f"--calibration was fitted for another {model.path.name} (its {name} was "
-                f"{entry[name]!r}, that of this file is {getattr(model, name)!r}): run `python -m "
-                "bench.calibrate` with this one"
-            )
+                f"{entry[name]!r}, not {getattr(model, name)!r}): run `python -m bench.calibrate` "
+                "with this one")
     scale, bias = float(entry["scale"]), float(entry["bias"])
     if not (math.isfinite(scale) and math.isfinite(bias) and scale > 0):
         raise ValueError(f"scale {scale} and bias {bias} make no rising curve")
@@ -2873,6 +2864,9 @@ class Scored:
     truncated: bool
     characters_read: int | None = None  # where it was cut, if that was asked for
 
+    def value(self, request: RerankRequest) -> float:
+        return self.logit if request.raw_scores else self.score
+
 
 def best_first(results: Iterable[Scored]) -> list[Scored]:
     """By logit, since scores saturate at 1.0; equal ones in the order of the passages."""
@@ -2881,23 +2875,23 @@ def best_first(results: Iterable[Scored]) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The answer before it is written, best first. n_llm: how many of the first results are the
-    second stage's."""
+    """The answer before it is written, best first."""
 
-    results: tuple[Scored, ...]
-    model: str  # as the client named it, else the file's name
+    request: RerankRequest
+    path: str
     file: str  # of the last stage
-    n_tokens: int
-    n_llm: int = 0
+    results: Sequence[Scored]
+    rescored: Sequence[Scored] = ()  # by the first stage, of passages that the second put first
 
-    def shown(self, request: RerankRequest) -> list[Scored]:
-        low = -math.inf if request.min_score is None else request.min_score
-        shown = [result for result in self.results if value_of(result, request) >= low]
-        return shown[: request.top_n]
+    def shown(self) -> list[Scored]:
+        top_n, low = self.request.top_n, self.request.min_score
+        high = [one for one in self.results if low is None or one.value(self.request) >= low]
+        return high[:top_n]
 
-
-def value_of(result: Scored, request: RerankRequest) -> float:
-    return result.logit if request.raw_scores else result.score
+    @property
+    def n_tokens(self) -> int:
+        """Read in both stages."""
+        return sum(result.n_tokens for result in (*self.results, *self.rescored))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2942,25 +2936,25 @@ class ScoreCache:
 class Role:
     """A model that scores requests. Any thread. LocalRole does it in this process."""
 
+    metrics: Metrics  # Roles gives all of its roles one
+
     def __init__(
         self, name: str, description: ModelDescription, calibration: Calibration | None = None
     ) -> None:
         self.name, self.description = name, description
         self.calibration = calibration or Calibration()
-        self.metrics = Metrics()  # Roles gives all of them one
 
     def score(
-        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None,
-        job: Job | None = None,
+        self, request: RerankRequest, indices: Sequence[int], call: Call, job: Job | None = None
     ) -> list[Scored]:
         """The passages of `indices`, in that order. job: from admit. Raises ModelError and
         RequestError."""
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Job | None]:
-        """Room for the n longest of a request's pairs (default: all), before anything is tokenised.
-        Raises OverloadedError and UnavailableError."""
+    def admit(self, request: RerankRequest, n: int) -> Iterator[Job | None]:
+        """Room for the n longest of a request's pairs, before anything is tokenised. Raises
+        OverloadedError and UnavailableError."""
         yield None
 
     def is_loaded(self) -> bool:
@@ -2975,10 +2969,6 @@ class Role:
 
     def n_requests(self) -> int:
         return 0
-
-    def close(self, timeout_s: float | None = None) -> bool:
-        """Answers what was submitted, then frees the model. False: it took longer."""
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -3009,16 +2999,17 @@ class LocalRole(Role):
         self.queue = Queue(settings.max_queue_tokens)
         self.cache = ScoreCache(settings.cache_mb * 1_000_000)
 
-    def is_loaded(self) -> bool:
+    def _engine_if_loaded(self) -> Engine | None:
         scheduler = self._scheduler
-        return scheduler is not None and scheduler.is_loaded
+        return scheduler.engine.result() if scheduler and scheduler.is_loaded else None
+
+    def is_loaded(self) -> bool:
+        return self._engine_if_loaded() is not None
 
     def state(self) -> dict[str, Any]:
         """arithmetic: what multiplies; null until the model is loaded."""
-        scheduler = self._scheduler
-        is_loaded = scheduler is not None and scheduler.is_loaded
-        arithmetic = scheduler.engine.result().arithmetic if scheduler and is_loaded else None
-        return {"loaded": is_loaded, "arithmetic": arithmetic, "cache": self.cache.state()}
+        engine = self._engine_if_loaded()
+        return {"arithmetic": engine and engine.arithmetic, "cache": self.cache.state()}
 
     def n_waiting_tokens(self) -> int:
         return self.queue.n_tokens
@@ -3036,23 +3027,21 @@ class LocalRole(Role):
                 self._last_used = time.monotonic()
                 load = functools.partial(self._load_file, is_alone)
                 self._scheduler = Scheduler(
-                    self.name, self.queue, load, self._idle_s, self.metrics
-                )
+                    self.name, self.queue, load, self._idle_s, self.metrics)
             return self._scheduler.engine
 
     def _load_file(self, is_alone: bool) -> Engine:
-        started, model = time.perf_counter(), self.description
-        log.info("%s: loading %s (%.0f MB)", self.name, model.name, model.file_bytes / 1e6)
-        engine = self._load(model.path, self._settings, is_alone)
-        seconds = time.perf_counter() - started
-        log.info("%s: %s loaded in %.1f s", self.name, model.name, seconds)
+        started, path = time.perf_counter(), self.description.path
+        log.info("%s: loading %s", self.name, path.name)
+        engine = self._load(path, self._settings, is_alone)
+        log.info("%s: loaded in %.1f s", self.name, time.perf_counter() - started)
         return engine
 
     def _idle_s(self, engine: Engine) -> float | None:
         """See Scheduler. gemma is given up after --unload-idle-s, but never while a request uses
         it."""
-        unload_s = self._settings.unload_idle_s if self.name == "gemma" else 0
-        if not unload_s:
+        unload_s = self._settings.unload_idle_s
+        if self.name != "gemma" or not unload_s:
             return math.inf
         with self._lock:
             left_s = self._last_used + unload_s - time.monotonic()
@@ -3065,8 +3054,7 @@ class LocalRole(Role):
 
     @contextlib.contextmanager
     def _engine(self, call: Call) -> Iterator[Engine]:
-        """Loads on first use; it is not freed before the `with` ends. Raises ModelError and
-        RequestError."""
+        """Loads on first use; it is not freed before the `with` ends."""
         with self._lock:
             self._n_users += 1
         try:
@@ -3076,39 +3064,33 @@ class LocalRole(Role):
                 self._n_users, self._last_used = self._n_users - 1, time.monotonic()
 
     @contextlib.contextmanager
-    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Job]:
-        """See Role.admit."""
+    def admit(self, request: RerankRequest, n: int) -> Iterator[Job]:
         longest = self.description.max_length(self._settings)
         with self.queue.admit(request.estimate_tokens(longest, n)) as job:
             yield job
 
     def score(
-        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None,
-        job: Job | None = None,
+        self, request: RerankRequest, indices: Sequence[int], call: Call, job: Job | None = None
     ) -> list[Scored]:
-        """See Role.score."""
         if not indices:
             return []
         if job is None:
             with self.admit(request, len(indices)) as job:
                 return self.score(request, indices, call, job)
-        call = call or Call()
         asked: list[Asked] = []
-        n_estimated = job.n_estimated
+        n_estimated, tokenised_s = job.n_estimated, call.tokenise_s
         with self._engine(call) as engine:
-            max_waiting = AHEAD_DECODES * engine.max_batch_tokens
             for start in range(0, len(indices), SLICE_PASSAGES):
-                self.queue.wait_for_room(job, max_waiting, call)
+                self.queue.wait_for_room(job, AHEAD_DECODES * engine.max_batch_tokens, call)
                 call.check()
                 part = indices[start : start + SLICE_PASSAGES]
                 left = 1 - (start + len(part)) / len(indices)
                 asked += self._submit(request, engine.pairs, part, call, job, n_estimated * left)
-            logits = self._logits(job, call, sum(len(passage.keys) for passage in asked))
-            results = [
-                self._scored(passage, logits, request, engine.pairs, call) for passage in asked
-            ]
-        self.metrics.tokenise_seconds.labels(self.name).observe(call.tokenise_s)
-        n_cut = sum(passage.truncated for passage in asked)
+            logits = self._logits(job, call)
+            results = [self._scored(one, logits, request, engine.pairs, call) for one in asked]
+        call.n_pairs += sum(len(one.keys) for one in asked)
+        self.metrics.tokenise_seconds.labels(self.name).observe(call.tokenise_s - tokenised_s)
+        n_cut = sum(one.truncated for one in asked)
         self.metrics.truncated_passages.labels(self.name).inc(n_cut)
         return results
 
@@ -3120,22 +3102,23 @@ class LocalRole(Role):
         started = time.monotonic()
         made = pairs_of(request, pairs, indices)
         call.tokenise_s += time.monotonic() - started
-        asked, by_key = [], {}
+        asked: list[Asked] = []
+        by_key: dict[bytes, Pair] = {}
         for index, windows in zip(indices, made, strict=True):
             keys = tuple(pair.key for pair in windows)
             by_key.update(zip(keys, windows, strict=True))
             n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in windows)
             asked.append(Asked(index, keys, n_tokens, any(pair.truncated for pair in windows)))
-        new = by_key.keys() - job.keys - job.known.keys()
-        job.known |= self.cache.take(new)
-        missing = {key: by_key[key] for key in by_key if key in new and key not in job.known}
-        self.queue.append(job, missing, int(n_estimated))
-        call.n_tokens += sum(len(pair.ids) for pair in missing.values())
+        job.known |= self.cache.take(by_key.keys() - job.keys)
+        missing = by_key.keys() - job.keys - job.known.keys()
+        new = {key: pair for key, pair in by_key.items() if key in missing}
+        self.queue.append(job, new, int(n_estimated))
+        call.n_tokens += sum(len(pair.ids) for pair in new.values())
         return asked
 
-    def _logits(self, job: Job, call: Call, n_pairs: int) -> dict[bytes, float]:
+    def _logits(self, job: Job, call: Call) -> dict[bytes, float]:
         scored = call.result(self.queue.complete(job))
-        call.n_pairs, call.queue_s = call.n_pairs + n_pairs, call.queue_s + job.queue_s
+        call.queue_s += job.queue_s
         call.inference_s += job.inference_s
         self.metrics.queue_seconds.labels(self.name).observe(job.queue_s)
         self.metrics.inference_seconds.labels(self.name).observe(job.inference_s)
@@ -3144,20 +3127,20 @@ class LocalRole(Role):
         return {**job.known, **scored}
 
     def _scored(
-        self, passage: Asked, logits: dict[bytes, float], request: RerankRequest, pairs: Pairs,
+        self, asked: Asked, logits: dict[bytes, float], request: RerankRequest, pairs: Pairs,
         call: Call,
     ) -> Scored:
         """Of windows the best counts."""
-        index, read = passage.index, None
-        if request.return_characters_read and passage.truncated:
+        index, read = asked.index, None
+        if request.return_characters_read and asked.truncated:
             call.check()
             read = characters_read(request, pairs, index)
-        logit = max(logits[key] for key in passage.keys)
+        logit = max(logits[key] for key in asked.keys)
         score, model = self.calibration.score(logit), self.description.name
-        return Scored(index, logit, score, model, passage.n_tokens, passage.truncated, read)
+        return Scored(index, logit, score, model, asked.n_tokens, asked.truncated, read)
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """See Role.close."""
+        """Answers what was submitted, then frees the model. False: it took longer."""
         with self._lock:
             self._closed = True
             scheduler = self._scheduler
@@ -3165,38 +3148,83 @@ class LocalRole(Role):
         return scheduler is None or scheduler.join(timeout_s)
 
 
+def find_roles(settings: Settings) -> list[LocalRole]:
+    """m3, and gemma if there is one: the files named by flags, else those in the models folders.
+    Nothing is loaded. Raises ModelError when none serves m3, and SettingsError."""
+    named = settings.m3 and settings.gemma
+    found = [] if named else servable_files(settings.model_folders)
+    m3 = _file_of(settings.m3, found, CROSS_ENCODER, BI_ENCODER)
+    gemma = _file_of(settings.gemma, found, YES_LOGIT)
+    if m3 is None:
+        folders = " or ".join(map(str, settings.model_folders))
+        raise ModelError(
+            f"no model in {folders}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
+            "`make mini` for the small one that needs no Hub")
+    models = [m3, gemma] if gemma else [m3]
+    maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
+    return [
+        LocalRole(name, model, settings, calibration=maps.get(model.name))
+        for name, model in zip(("m3", "gemma"), models, strict=False)
+    ]
+
+
+def _file_of(
+    path: Path | None, found: Sequence[ModelDescription], *kinds: str
+) -> ModelDescription | None:
+    """path: what a flag names. Raises ModelError."""
+    if path is None:
+        return newest(found, *kinds)
+    model = describe(GgufFile.open(path))
+    if model.kind not in kinds:
+        takes = " or ".join(kinds)
+        raise ModelError(f"{path}: a {model.kind} model cannot serve this role (it takes {takes})")
+    if model.doubt:
+        log.warning("%s: %s; it is served because a flag names it", path, model.doubt)
+    return model
+
+
+def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
+    """Every GGUF file that takes a role by itself, folder by folder, newest first. One that does
+    not is named in the log and left alone."""
+    found = []
+    for path in itertools.chain.from_iterable(map(_gguf_files, folders)):
+        try:
+            model = describe(GgufFile.open(path))
+        except (ModelError, OSError) as error:
+            log.warning("not served: %s", error)
+            continue
+        flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
+        if model.doubt:
+            log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
+        else:
+            found.append(model)
+    return found
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    files = [path for path in folder.glob("*.gguf") if path.is_file()]
+    return sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+
+
+def newest(found: Sequence[ModelDescription], *kinds: str) -> ModelDescription | None:
+    """The file that was made last, in the first folder that has one, of the first of the kinds
+    that there is; a real m3 goes before other cross-encoders."""
+
+    def rank(model: ModelDescription) -> tuple[int, bool]:
+        return kinds.index(model.kind), "reranker-v2-" not in model.name
+
+    return min((model for model in found if model.kind in kinds), key=rank, default=None)
+
+
 class Roles:
     """The m3 role (always there) and the gemma role (perhaps)."""
 
-    def __init__(self, m3: Role, gemma: Role | None, is_fallback: bool) -> None:
-        self.m3, self.gemma, self.is_fallback = m3, gemma, is_fallback
-        self.metrics = Metrics()
+    def __init__(self, m3: Role, gemma: Role | None = None) -> None:
+        self.m3, self.gemma, self.metrics = m3, gemma, Metrics()
+        self.is_fallback = m3.description.kind == BI_ENCODER
         for role in self.all():
             role.metrics = self.metrics
             self.metrics.add_role(role)
-
-    @staticmethod
-    def find(settings: Settings) -> Roles:
-        """Takes the files named by flags, else those in the models folders. Nothing is loaded.
-        Raises ModelError when none serves m3."""
-        named = settings.m3 and settings.gemma
-        found = [] if named else servable_files(settings.model_folders)
-        m3 = _named(settings.m3, CROSS_ENCODER, BI_ENCODER) or newest(found, CROSS_ENCODER)
-        m3 = m3 or newest(found, BI_ENCODER)
-        gemma = _named(settings.gemma, YES_LOGIT) or newest(found, YES_LOGIT)
-        if m3 is None:
-            folders = " or ".join(map(str, settings.model_folders))
-            raise ModelError(
-                f"no model in {folders}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
-                "`make mini` for the small one that needs no Hub"
-            )
-        models = [m3, gemma] if gemma else [m3]
-        maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
-        roles = [
-            LocalRole(name, model, settings, calibration=maps.get(model.name))
-            for name, model in zip(("m3", "gemma"), models, strict=False)
-        ]
-        return Roles(roles[0], roles[1] if gemma else None, is_fallback=m3.kind == BI_ENCODER)
 
     def select(self, request: RerankRequest, strict: bool) -> Role:
         """By use_llm, else by the model's name. Raises UnavailableError that names the command
@@ -3214,8 +3242,7 @@ class Roles:
             param = "use_llm" if request.use_llm else "model"
             raise UnavailableError(
                 f"no gemma model is here, as '{param}' asks for; on the server run: "
-                f"{MODEL_COMMANDS['gemma']}", param,
-            )
+                f"{MODEL_COMMANDS['gemma']}", param)
         return self.gemma
 
     def all(self) -> list[Role]:
@@ -3230,169 +3257,109 @@ def _names(role: Role | None) -> set[str]:
     return {model.name.lower(), model.source.rpartition("/")[2].lower()} - {""}
 
 
-def _named(path: Path | None, *kinds: str) -> ModelDescription | None:
-    """The file that a flag names. Raises ModelError."""
-    if path is None:
-        return None
-    description = describe(GgufFile.open(path))
-    if description.kind not in kinds:
-        takes = f"(it takes {' or '.join(kinds)})"
-        raise ModelError(f"{path}: a {description.kind} model cannot serve this role {takes}")
-    if description.doubt:
-        log.warning("%s: %s; it is served because a flag names it", path, description.doubt)
-    return description
-
-
-def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
-    """Every GGUF file that takes a role by itself, folder by folder, newest first. One that does
-    not is named in the log and left alone."""
-    found = []
-    for path in itertools.chain.from_iterable(map(_gguf_files, folders)):
-        try:
-            description = describe(GgufFile.open(path))
-        except (ModelError, OSError) as error:
-            log.warning("not served: %s", error)
-            continue
-        if description.doubt:
-            flag = "--gemma" if description.kind == YES_LOGIT else "--m3"
-            log.warning("not served: %s: %s (%s FILE)", path, description.doubt, flag)
-        else:
-            found.append(description)
-    return found
-
-
-def _gguf_files(folder: Path) -> list[Path]:
-    files = [path for path in folder.glob("*.gguf") if path.is_file()]
-    return sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name))
-
-
-def newest(found: Sequence[ModelDescription], kind: str) -> ModelDescription | None:
-    """The file that was made last, in the first folder that has one; a real m3 goes before other
-    cross-encoders."""
-    candidates = [model for model in found if model.kind == kind]
-    return min(candidates, key=lambda model: "reranker-v2-" not in model.name, default=None)
-
-
 # --------------------------------------------------------------------------------------------------
 # Answers: one writer for each contract. Each holds the union of what its clients read, and nothing
 # that a strict one refuses.
 # --------------------------------------------------------------------------------------------------
 
-Writer = Callable[[Ranking, RerankRequest, str], Any]  # (ranking, request, path)
-
-
-def write_native(ranking: Ranking, request: RerankRequest, path: str) -> list[float]:
+def write_native(ranking: Ranking) -> list[float]:
     """A float for each passage, in its order. After two stages the floats of the rest are
     multiplied by the lowest of the second stage, so that the array ranks as the stages do."""
-    scores = {result.index: value_of(result, request) for result in ranking.results}
-    if ranking.n_llm and not request.raw_scores:
-        lowest = min(result.score for result in ranking.results[: ranking.n_llm])
-        rest = ranking.results[ranking.n_llm :]
-        scores |= {result.index: lowest * result.score for result in rest}
-    return [scores[index] for index in range(len(request.passages))]
+    request, results, n = ranking.request, ranking.results, len(ranking.rescored)
+    scores = {result.index: result.value(request) for result in results}
+    if n and not request.raw_scores:
+        lowest = min(result.score for result in results[:n])
+        scores |= {result.index: lowest * result.score for result in results[n:]}
+    return [scores[index] for index in range(len(scores))]
 
 
-def _result(
-    result: Scored, request: RerankRequest, key: str, document: tuple[str, Any] = ("", None),
-    has_more: bool = True,
-) -> dict[str, Any]:
-    """document: its key and value, for a request that wants it back. has_more: this server's own
-    words beside the contract's."""
-    written: dict[str, Any] = {"index": result.index, key: value_of(result, request)}
-    if request.return_documents and document[0]:
-        written[document[0]] = document[1]
-    if not has_more:
-        return written
-    written["model"] = result.model
-    if request.ids is not None and request.ids[result.index] is not None:
-        written["id"] = request.ids[result.index]
-    if result.truncated:
-        written["truncated"] = True
-    if result.index in request.replaced:
-        written["replaced"] = True
-    if result.characters_read is not None:
-        written["characters_read"] = result.characters_read
+def _written(
+    ranking: Ranking, results: Iterable[Scored], key: str, document: str = "document",
+    as_sent: bool = False, has_more: bool = True,
+) -> list[dict[str, Any]]:
+    """document: the key of a passage that is asked back. as_sent: as an object, with what else the
+    client's held. has_more: this server's own words, too."""
+    request, written = ranking.request, []
+    for result in results:
+        index = result.index
+        entry: dict[str, Any] = {"index": index, key: result.value(request)}
+        if request.return_documents:
+            text = request.passages[index]
+            entry[document] = {**_sent(request, index), "text": text} if as_sent else text
+        more = {
+            "model": result.model, "id": request.ids and request.ids[index],
+            "truncated": result.truncated or None, "replaced": index in request.replaced or None,
+            "characters_read": result.characters_read,
+        }
+        if has_more:
+            entry |= {name: value for name, value in more.items() if value is not None}
+        written.append(entry)
     return written
 
 
-def write_tei(ranking: Ranking, request: RerankRequest, path: str) -> list[dict[str, Any]]:
+def _sent(request: RerankRequest, index: int) -> dict[str, Any]:
+    sent = request.documents[index] if request.documents else None
+    return sent if isinstance(sent, dict) else {}
+
+
+def write_tei(ranking: Ranking) -> list[dict[str, Any]]:
     """Elastic's parser refuses any key but index, score and text."""
-    return [
-        _result(result, request, "score", ("text", request.passages[result.index]),
-                request.asks_more)
-        for result in ranking.shown(request)
-    ]
+    has_more = ranking.request.asks_more
+    return _written(ranking, ranking.shown(), "score", "text", has_more=has_more)
 
 
-def write_jina(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+def write_jina(ranking: Ranking) -> dict[str, Any]:
     """Jina's, Cohere's and their kin's; RAGFlow's Xinference form reads meta.tokens."""
-    results = [
-        _result(result, request, "relevance_score", ("document", _document(request, result.index)))
-        for result in ranking.shown(request)
-    ]
     meta = {
-        "api_version": {"version": "2" if "v2" in segments_of(path) else "1"},
+        "api_version": {"version": "2" if "v2" in segments_of(ranking.path) else "1"},
         "billed_units": {"search_units": 1},
         "tokens": {"input_tokens": ranking.n_tokens, "output_tokens": 0},
     }
+    results = _written(ranking, ranking.shown(), "relevance_score", as_sent=True)
     return {**_envelope(ranking, "rerank"), "results": results, "meta": meta}
 
 
-def _document(request: RerankRequest, index: int) -> dict[str, Any]:
-    """As it was sent, with the text that was read; the id stands beside it."""
-    sent = request.documents[index] if request.documents else None
-    others = sent if isinstance(sent, dict) else {}
-    return {**others, "text": request.passages[index]}
-
-
-def write_voyage(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+def write_voyage(ranking: Ranking) -> dict[str, Any]:
     """Voyage's client reads `data`; LightRAG and SGLang, which send top_k as well, `results`."""
-    data = [
-        _result(result, request, "relevance_score", ("document", request.passages[result.index]))
-        for result in ranking.shown(request)
-    ]
-    return {**write_jina(ranking, request, path), "object": "list", "data": data}
+    data = _written(ranking, ranking.shown(), "relevance_score")
+    return {**write_jina(ranking), "object": "list", "data": data}
 
 
-def write_dashscope(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    jina = write_jina(ranking, request, path)
+def write_dashscope(ranking: Ranking) -> dict[str, Any]:
+    jina = write_jina(ranking)
     output = {"results": jina["results"]}
     return {"output": output, "usage": jina["usage"], "request_id": jina["id"]}
 
 
-def write_nvidia(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    shown = ranking.shown(request)
+def write_nvidia(ranking: Ranking) -> dict[str, Any]:
+    shown = ranking.shown()
     return {"rankings": [{"index": result.index, "logit": result.logit} for result in shown]}
 
 
-def write_khoj(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    return {"scores": write_native(ranking, request, path)}
+def write_khoj(ranking: Ranking) -> dict[str, Any]:
+    return {"scores": write_native(ranking)}
 
 
-def write_weaviate(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
-    """In the order of the documents."""
-    scores = zip(request.passages, write_native(ranking, request, path), strict=True)
+def write_weaviate(ranking: Ranking) -> dict[str, Any]:
+    scores = zip(ranking.request.passages, write_native(ranking), strict=True)
     return {"scores": [{"document": text, "score": score} for text, score in scores]}
 
 
-def write_score(ranking: Ranking, request: RerankRequest, path: str) -> dict[str, Any]:
+def write_score(ranking: Ranking) -> dict[str, Any]:
+    """In the order of the texts."""
     in_order = sorted(ranking.results, key=lambda result: result.index)
-    data = [
-        _result(result, request, "score", ("document", request.passages[result.index]))
-        | {"object": "score"}
-        for result in in_order
-    ]
+    data = [{"object": "score", **entry} for entry in _written(ranking, in_order, "score")]
     return {**_envelope(ranking, "list"), "data": data}
 
 
 def _envelope(ranking: Ranking, kind: str) -> dict[str, Any]:
     """kind: infinity's client knows no other `object` than "rerank" for a ranking."""
     usage = {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens}
-    name = f"rerank-{uuid.uuid4().hex}"
-    return {"id": name, "object": kind, "model": ranking.model, "usage": usage}
+    name, model = f"rerank-{uuid.uuid4().hex}", ranking.request.model or ranking.file
+    return {"id": name, "object": kind, "model": model, "usage": usage}
 
 
-CONTRACTS: dict[str, Writer] = {  # contract_of's names
+CONTRACTS: dict[str, Callable[[Ranking], Any]] = {  # contract_of's names
     "native": write_native, "jina": write_jina, "tei": write_tei, "voyage": write_voyage,
     "score": write_score, "nvidia": write_nvidia, "weaviate": write_weaviate,
     "dashscope": write_dashscope, "khoj": write_khoj,
@@ -3429,8 +3396,7 @@ def page_response(page: str) -> Response:
         f"default-src 'none'; script-src {_hashes(page, 'script')}; "
         f"style-src {_hashes(page, 'style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
         "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'"
-    )
+        "trusted-types 'none'")
     return Response(200, page, {
         "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
@@ -3480,17 +3446,13 @@ class Application:
         # A header holds no other alphabet.
         headers = {"X-Rerank-Model": ",".join(map(urllib.parse.quote, files))}
         truncated = [result.index for result in ranking.results if result.truncated]
-        if truncated:
-            headers["X-Rerank-Truncated"] = index_header(truncated)
-        if request.replaced:
-            headers["X-Rerank-Replaced"] = index_header(request.replaced)
-        answer = CONTRACTS[contract](ranking, request, call.path)
-        return Response(200, answer, headers)
+        for name, indices in (("Truncated", truncated), ("Replaced", request.replaced)):
+            if indices:
+                headers[f"X-Rerank-{name}"] = index_header(indices)
+        return Response(200, CONTRACTS[contract](ranking), headers)
 
-    def rank(self, request: RerankRequest, call: Call | None = None) -> Ranking:
-        """Scores, best first. Two stages: m3 scores everything, gemma the best llm_top_n, and those
-        come first."""
-        call = call or Call()
+    def rank(self, request: RerankRequest, call: Call) -> Ranking:
+        """Two stages: m3 scores everything, gemma the best llm_top_n, and those come first."""
         call.request = request
         call.timeout_s = min(call.timeout_s, request.timeout_s, self._settings.max_timeout_s)
         role = self._roles.select(request, self._settings.strict_model)
@@ -3498,56 +3460,38 @@ class Application:
             message = f"{role.description.name} takes no 'instruction'"
             raise BadRequestError(message, "instruction")
         self.metrics.replaced_passages.labels(role.name).inc(len(request.replaced))
-        if role is not self._roles.m3 and request.llm_top_n is not None:
-            return self._rank_in_two_stages(request, request.llm_top_n, role, call)
-        results = best_first(role.score(request, range(len(request.passages)), call))
-        return self._ranking(results, role, request)
-
-    def _rank_in_two_stages(
-        self, request: RerankRequest, n: int, role: Role, call: Call
-    ) -> Ranking:
-        # Admitted now: not a refusal when the first stage is done.
-        with role.admit(request, n) as job:
-            everything = range(len(request.passages))
-            first = best_first(self._roles.m3.score(request, everything, call))
+        ranking = functools.partial(Ranking, request, call.path, role.description.name)
+        m3, n, everything = self._roles.m3, request.llm_top_n, range(len(request.passages))
+        if role is m3 or n is None:
+            return ranking(best_first(role.score(request, everything, call)))
+        with role.admit(request, n) as job:  # now: not a refusal when the first stage is done
+            first = best_first(m3.score(request, everything, call))
             best = [result.index for result in first[:n]]
             second = best_first(role.score(request, best, call, job))
-        ranking = self._ranking([*second, *first[n:]], role, request)
-        n_tokens = ranking.n_tokens + sum(result.n_tokens for result in first[:n])
-        return dataclasses.replace(ranking, n_tokens=n_tokens, n_llm=len(second))
-
-    @staticmethod
-    def _ranking(results: Sequence[Scored], role: Role, request: RerankRequest) -> Ranking:
-        file = role.description.name
-        n_tokens = sum(result.n_tokens for result in results)
-        return Ranking(tuple(results), request.model or file, file, n_tokens)
+        return ranking([*second, *first[n:]], first[:n])
 
     def page(self, raw: bytes, call: Call) -> Response:
-        """A page for people. The endpoints for a client that asks for JSON, and where there is no
-        such file."""
+        """For people; for a client that asks for JSON, and where there is no page, the
+        endpoints."""
         wants_json = "application/json" in call.accept and "text/html" not in call.accept
         if not wants_json and (self._web / "index.html").is_file():
             return page_response(self._file("index.html"))
-        endpoints = [
-            f"{method} {path}" for path, methods in self.routes.items() for method in methods
-        ]
-        named = {"name": "rerank-server", "version": __version__}
-        return Response(200, {**named, "endpoints": endpoints})
+        ways = [f"{method} {path}" for path, methods in self.routes.items() for method in methods]
+        about = {"name": "rerank-server", "version": __version__, "endpoints": ways}
+        return Response(200, about)
+
+    def docs(self, raw: bytes, call: Call) -> Response:
+        return page_response(self._file("docs.html"))
+
+    def openapi(self, raw: bytes, call: Call) -> Response:
+        return Response(200, self._file("openapi.json"), page_type="application/json")
 
     def _file(self, name: str) -> str:
-        """Of web/. Raises HttpError: rerank_server.py was copied alone."""
+        """Raises HttpError where rerank_server.py was copied alone."""
         try:
             return (self._web / name).read_text(encoding="utf-8")
         except OSError:
             raise HttpError(f"there is no web/{name} beside rerank_server.py", 404) from None
-
-    def health(self, raw: bytes, call: Call) -> Response:
-        models: dict[str, Any] = {"m3": None, "gemma": None}
-        models |= {role.name: self._model_state(role) for role in self._roles.all()}
-        tuning = self._settings.tuning
-        accel = {"used": tuning.accel, "reason": tuning.accel_reason, "bytes": accel_bytes()}
-        state = {"status": "ok", "version": __version__, "models": models, "accel": accel}
-        return Response(200, state)
 
     def ready(self, raw: bytes, call: Call) -> Response:
         """Whether a load balancer should send requests. Raises UnavailableError."""
@@ -3560,13 +3504,38 @@ class Application:
     def metrics_page(self, raw: bytes, call: Call) -> Response:
         return Response(200, self.metrics.text(), page_type=prometheus_client.CONTENT_TYPE_LATEST)
 
+    def health(self, raw: bytes, call: Call) -> Response:
+        models: dict[str, Any] = {"m3": None, "gemma": None}
+        models |= {role.name: self._model_state(role) for role in self._roles.all()}
+        tuning = self._settings.tuning
+        accel = {"used": tuning.accel, "reason": tuning.accel_reason, "bytes": accel_bytes()}
+        state = {"status": "ok", "version": __version__, "models": models, "accel": accel}
+        return Response(200, state)
+
+    def models(self, raw: bytes, call: Call) -> Response:
+        """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: one of
+        them. Raises ModelNotFoundError."""
+        listed = {role.name: self._listed(role) for role in self._roles.all()}
+        _, _, name = call.path.strip("/").partition("models/")
+        if not name:
+            return Response(200, {"object": "list", "data": list(listed.values())})
+        asked = RerankRequest((), (), model=urllib.parse.unquote(name))
+        role = self._roles.select(asked, strict=True)
+        return Response(200, {**listed[role.name], "id": asked.model})
+
+    def _listed(self, role: Role) -> dict[str, Any]:
+        """model_type: what Xinference's clients look at."""
+        model = role.description
+        named = {"id": model.name, "object": "model", "created": 0, "owned_by": model.source}
+        return {**named, "model_type": "rerank", "role": role.name, **self._model_state(role)}
+
     def _model_state(self, role: Role) -> dict[str, Any]:
         model = role.description
+        names = ("source", "kind", "architecture", "quantization", "file_bytes")
         return {
-            "file": model.path.name, "source": model.source, "kind": model.kind,
-            "architecture": model.architecture, "quantization": model.quantization,
-            "file_bytes": model.file_bytes, "max_length": model.max_length(self._settings),
-            "is_fallback": role.name == "m3" and self._roles.is_fallback,
+            "file": model.path.name, **{name: getattr(model, name) for name in names},
+            "max_length": model.max_length(self._settings),
+            "is_fallback": role is self._roles.m3 and self._roles.is_fallback,
             "loaded": role.is_loaded(), **role.state(),
         }
 
@@ -3583,29 +3552,6 @@ class Application:
             "max_body_bytes": settings.max_body_mb * 1_000_000,
             "tokenization_workers": settings.tuning.threads, "version": __version__,
         })
-
-    def models(self, raw: bytes, call: Call) -> Response:
-        """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: one of
-        them. Raises ModelNotFoundError."""
-        listed = [self._listed(role) for role in self._roles.all()]
-        _, _, name = call.path.strip("/").partition("models/")
-        if not name:
-            return Response(200, {"object": "list", "data": listed})
-        asked = RerankRequest((), (), model=urllib.parse.unquote(name))
-        role = self._roles.select(asked, strict=True)
-        return Response(200, {**self._listed(role), "id": asked.model})
-
-    def _listed(self, role: Role) -> dict[str, Any]:
-        """model_type: what Xinference's clients look at."""
-        model = role.description
-        named = {"id": model.name, "object": "model", "created": 0, "owned_by": model.source}
-        return {**named, "model_type": "rerank", "role": role.name, **self._model_state(role)}
-
-    def openapi(self, raw: bytes, call: Call) -> Response:
-        return Response(200, self._file("openapi.json"), page_type="application/json")
-
-    def docs(self, raw: bytes, call: Call) -> Response:
-        return page_response(self._file("docs.html"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4345,11 +4291,11 @@ def _payload(response: Response) -> bytes:
 
 SPARE_FILES = 128  # beside those of connections: models, logs, connections that are turned away
 HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for
+SAMPLE = "capital of France?", ["Paris is the capital of France.", "I like cheese."]
 
 
 def start_report(roles: Roles, settings: Settings, address: str) -> str:
-    """What a person wants to know before the first request: files, limits, address, and a line to
-    try."""
+    """What a person wants to know before the first request."""
     lines = [f"rerank-server {__version__} (llama-cpp-python {llama_version()})", ""]
     lines += _role_lines("use_llm false", roles.m3, settings)
     if roles.is_fallback:
@@ -4364,65 +4310,56 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
     lines += [f"  {line}" for line in unconverted(settings.model_folders)]
     if not WEB.is_dir():
         lines += [f"  no {WEB.name}/ beside rerank_server.py: no page, no /docs"]
-    example = json.dumps({
-        "query": "capital of France?",
-        "passages": ["Paris is the capital of France.", "I like cheese."],
-    })
-    lines += [
-        "", f"  {settings.tuning}",
+    example = json.dumps(dict(zip(("query", "passages"), SAMPLE, strict=True)))
+    return "\n".join([
+        *lines, "", f"  {settings.tuning}",
         f"  pairs of at most {settings.max_length} tokens, bodies of at most "
         f"{settings.max_body_mb} MB",
         f"  listening on {address}", "", "  open it in a browser, or try it here:",
         f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
-    ]
-    return "\n".join(lines)
+    ])
 
 
-def _role_lines(title: str, role: Role, settings: Settings) -> list[str]:
-    model, state = role.description, role.state()
-    lines = [
-        f"  {title}  {os.path.relpath(model.path)}",
-        f"    {model.kind}, {model.architecture}, {model.quantization}, "
-        f"{model.file_bytes / 1e6:,.0f} MB, at most {model.max_length(settings):,} tokens",
-    ]
-    if state.get("arithmetic"):
-        lines.append(f"    computed by: {state['arithmetic']}")
+def _role_lines(title: str, role: Role, settings: Settings) -> Iterator[str]:
+    model, calibration = role.description, role.calibration
+    yield f"  {title}  {os.path.relpath(model.path)}"
+    about = _model_lines(model, model.max_length(settings), role.state().get("arithmetic"))
+    yield from (f"    {line}" for line in about)
+    if calibration != Calibration():
+        line = f"sigmoid({calibration.scale:.4g} x logit {calibration.bias:+.4g})"
+        yield f"    calibrated: {line}"
+
+
+def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None) -> Iterator[str]:
+    size = f"{model.file_bytes / 1e6:,.0f} MB, at most {n_tokens:,} tokens"
+    yield f"{model.kind}, {model.architecture}, {model.quantization}, {size}"
+    if arithmetic:
+        yield f"computed by: {arithmetic}"
     if model.source:
-        lines.append(f"    made of {model.source}")
-    if role.calibration != Calibration():
-        scale, bias = role.calibration.scale, role.calibration.bias
-        lines.append(f"    calibrated: sigmoid({scale:.4g} x logit {bias:+.4g})")
-    return lines + _fix_lines(model, "    ")
+        yield f"made of {model.source}"
+    for key in model.fixes:
+        yield f"set right while loading: {key} = {FIXED_VALUES[key]}"
 
 
-def _fix_lines(model: ModelDescription, indent: str) -> list[str]:
-    fixes = [f"{key} = {FIXED_VALUES[key]}" for key in model.fixes]
-    return [f"{indent}set right while loading: {fix}" for fix in fixes]
-
-
-def unconverted(folders: Iterable[Path]) -> list[str]:
+def unconverted(folders: Iterable[Path]) -> Iterator[str]:
     """A line with the command for each reranker's checkpoint in the models folders that no GGUF
     file was made of yet, and for a clone that holds only git-lfs's pointers."""
-    lines = []
-    for folder in folders:
-        for config in sorted(folder.glob("*/config.json")):
-            checkpoint = config.parent
-            if any(folder.glob(f"{checkpoint.name}-*.gguf")) or not _is_reranker(config):
-                continue
-            where = os.path.relpath(checkpoint)
-            if any(map(_is_lfs_pointer, checkpoint.glob("*.safetensors"))):
-                lines.append(f"{where} holds git-lfs pointers: cd {where} && git lfs pull")
-            else:
-                lines.append(f"{where} is not converted yet: .venv/bin/python -m convert {where}")
-    return lines
+    for config in (config for folder in folders for config in sorted(folder.glob("*/config.json"))):
+        checkpoint = config.parent
+        where = os.path.relpath(checkpoint)
+        if any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf")) or not _is_reranker(config):
+            continue
+        if any(map(_is_lfs_pointer, checkpoint.glob("*.safetensors"))):
+            yield f"{where} holds git-lfs pointers: cd {where} && git lfs pull"
+        else:
+            yield f"{where} is not converted yet: .venv/bin/python -m convert {where}"
 
 
 def _is_reranker(config: Path) -> bool:
-    try:
-        architectures = json.loads(config.read_bytes()).get("architectures") or [""]
-        return "ForSequenceClassification" in architectures[0] or "rerank" in config.parent.name
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return False
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        architecture = json.loads(config.read_bytes())["architectures"][0]
+        return "rerank" in config.parent.name or "ForSequenceClassification" in architecture
+    return False
 
 
 def _is_lfs_pointer(path: Path) -> bool:
@@ -4444,16 +4381,16 @@ def serve(settings: Settings) -> int:
     stop = StopSignals()
     _allow_files(settings.max_connections)
     _bound_heaps()
-    roles = Roles.find(settings)
-    application = Application(roles, settings)
+    local = find_roles(settings)
+    roles = Roles(*local)
     try:
-        server = RerankServer(application, settings)
+        server = RerankServer(Application(roles, settings), settings)
     except OSError as error:
         place = f"{settings.host}:{settings.port}"
         raise SettingsError(f"cannot listen on {place}: {error.strerror}") from None
     # m3 is loaded before anything is read from a client: while it is, nothing else may run in this
     # process (see _given_back_while_written). Connections wait in the kernel.
-    loading = roles.m3.start(is_alone=True)
+    loading = local[0].start(is_alone=True)
     loading.add_done_callback(lambda _: stop.wake())
     if not stop.wait():
         loading.result()
@@ -4465,7 +4402,7 @@ def serve(settings: Settings) -> int:
     if not server.drain(settings.drain_s):
         log.warning("some requests were not done within %d s", settings.drain_s)
         os._exit(0)  # their threads hold the models
-    if not all(role.close(HUNG_ENGINE_S) for role in roles.all()):
+    if not all(role.close(HUNG_ENGINE_S) for role in local):
         os._exit(0)  # an engine that does not come back
     log.info("stopped")
     return 0
@@ -4524,7 +4461,7 @@ def check(path: Path, pairs: str | None, settings: Settings) -> int:
     engine = load_engine(path, settings, is_alone=True)
     try:
         if pairs is None:
-            print(f"{path}: good\n" + "\n".join(_check_lines(engine)))
+            print(f"{path}: good", *_check_lines(engine), sep="\n  ")
         elif pairs == "-":
             _score_lines(engine, sys.stdin)
         else:
@@ -4537,22 +4474,16 @@ def check(path: Path, pairs: str | None, settings: Settings) -> int:
 
 def _check_lines(engine: Engine) -> Iterator[str]:
     model = engine.description
-    size = f"{model.file_bytes / 1e6:,.0f} MB"
-    yield f"  {model.kind}, {model.architecture}, {model.quantization}, {size}"
-    yield f"  source {model.source or 'unknown'}, at most {model.max_tokens:,} tokens"
-    yield f"  computed by: {engine.arithmetic}"
+    yield from _model_lines(model, model.max_tokens, engine.arithmetic)
     if model.doubt:
-        yield f"  {model.doubt}: it serves a role only when a flag names it"
+        yield f"{model.doubt}: it serves a role only when a flag names it"
     if model.kind == YES_LOGIT:
         for name, text in dataclasses.asdict(model.prompt).items():
-            yield f"  {name} {text!r}"
-    yield from _fix_lines(model, "  ")
-    query, passages = "What is the capital of France?", ["Paris is the capital of France.",
-                                                         "I like cheese."]
-    for passage, logit in zip(
-        passages, score_all(engine, engine.pairs.make(query, passages)), strict=True
-    ):
-        yield f"  {query!r} / {passage!r}: {sigmoid(logit):.4f}"
+            yield f"{name} {text!r}"
+    query, passages = SAMPLE
+    logits = score_all(engine, engine.pairs.make(query, passages))
+    for passage, logit in zip(passages, logits, strict=True):
+        yield f"{query!r} / {passage!r}: {sigmoid(logit):.4f}"
 
 
 def _score_lines(engine: Engine, lines: Iterable[str]) -> None:
@@ -4583,7 +4514,9 @@ def _line_pair(engine: Engine, line: str) -> Pair:
         if name not in body:
             raise BadRequestError(_expected(name, "a string", body), name)
     query, passage = (_text_of(body[name], name) for name in ("query", "passage"))
-    (pair,) = engine.pairs.make(query, [passage], Cut(max_length=body.get("max_length")))
+    length = body.get("max_length")
+    cut = Cut() if length is None else Cut(max_length=_COUNT(length, "max_length"))
+    (pair,) = engine.pairs.make(query, [passage], cut)
     return pair
 
 
@@ -4593,9 +4526,10 @@ def _shown_pair(engine: Engine, pair: Pair, logit: float) -> dict[str, Any]:
     if pair.query_ids:
         query_ids = list(pair.query_ids)
         shown |= {"query_ids": query_ids, "query_pieces": engine.pieces(query_ids)}
-    cut = {"passage_start": pair.passage_start, "n_dropped": pair.n_dropped}
-    scored = {"truncated": pair.truncated, "logit": logit, "score": sigmoid(logit)}
-    return {**shown, **cut, **scored}
+    return {
+        **shown, "passage_start": pair.passage_start, "n_dropped": pair.n_dropped,
+        "truncated": pair.truncated, "logit": logit, "score": sigmoid(logit),
+    }
 
 
 class LogFormatter(logging.Formatter):
@@ -4604,39 +4538,30 @@ class LogFormatter(logging.Formatter):
     IN_MESSAGE = ("method", "path", "status")
 
     def __init__(self, kind: str) -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
         self._is_json = kind == "json"
+        super().__init__("%(message)s" if self._is_json else "%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, Any] = getattr(record, "fields", {})
+        text, fields = super().format(record), getattr(record, "fields", {})
         if self._is_json:
-            return self._json(record, fields)
-        words = [super().format(record)]
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            named = {"time": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+            return json.dumps({**named, "message": text, **fields})
         for name, value in fields.items():
             if name not in self.IN_MESSAGE:
                 is_list = isinstance(value, tuple)
-                words.append(f"{name}={json.dumps(value, ensure_ascii=False) if is_list else value}")
-        return " ".join(words)
-
-    def _json(self, record: logging.LogRecord, fields: dict[str, Any]) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        text = record.getMessage()
-        if record.exc_info:
-            text += f"\n{self.formatException(record.exc_info)}"
-        named = {"time": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
-        return json.dumps({**named, "message": text, **fields})
+                text += f" {name}={json.dumps(value, ensure_ascii=False) if is_list else value}"
+        return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 stopped as asked, 1 a model cannot be served, 2 a setting is wrong."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
     arguments = settings_parser().parse_args(argv)
     try:
         settings = read_settings(arguments, dict(os.environ))
-        logging.getLogger().handlers[0].setFormatter(LogFormatter(settings.log_format))
+        handler = logging.StreamHandler()
+        handler.setFormatter(LogFormatter(settings.log_format))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         if arguments.check:
             return check(arguments.check, arguments.pairs, settings)
         return serve(settings)

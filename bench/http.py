@@ -32,13 +32,13 @@ class FakePairs:
     longest = 1024
 
     def make(self, query: str, passages: Sequence[str], *_: Any, **__: Any) -> list[server.Pair]:
-        return [server.Pair((len(query), len(passage)), 1, False) for passage in passages]
+        return [server.Pair((len(query), len(passage)), 1, 0) for passage in passages]
 
 
 class FakeEngine:
     """Answers at once. The rest of the path is the server's own: parsing, queue, scheduler thread, futures, JSON."""
 
-    max_batch_tokens, max_sequences = 512, 64
+    max_batch_tokens, max_sequences, arithmetic = 512, 64, "none"
     description = server.ModelDescription(Path("fake.gguf"), server.CROSS_ENCODER, "bert", "F32", 1, 1024)
 
     def __init__(self) -> None:
@@ -57,9 +57,9 @@ class FakeEngine:
 def serve(port_out: Connection) -> None:
     """The server's process: sends its port, and serves until it is terminated."""
     settings = server.Settings(port=0, cache_mb=0)
-    engine = FakeEngine()
+    engine: Any = FakeEngine()
     role = server.LocalRole("m3", engine.description, settings, lambda *_: engine)
-    running = server.RerankServer(server.Application(server.Roles(role, None, False), settings), settings)
+    running = server.RerankServer(server.Application(server.Roles(role), settings), settings)
     port_out.send(running.server_address[1])
     running.serve_forever()
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -89,7 +90,7 @@ class FileScorer:
             found = self._bi_encoder_logits(self.engine, pairs)
         else:
             self.n_computed += len(pairs)
-            found = self.engine.score(pairs)
+            found = rerank_server.score_all(self.engine, pairs)
         if not np.isfinite(found).all():
             raise UnusableError(f"{self.about['file']} gave something that is not a number for {query[:60]!r}")
         return found
@@ -98,11 +99,16 @@ class FileScorer:
         self, engine: rerank_server.EmbeddingEngine, pairs: Sequence[rerank_server.Pair]
     ) -> list[float]:
         """The engine's own computation, but a passage that many queries have as a candidate is embedded once."""
-        texts = dict.fromkeys(ids for pair in pairs for ids in (pair.query_ids, pair.ids))
-        missing = [ids for ids in texts if ids not in self._vectors]
-        self._vectors.update(zip(missing, engine.embed(missing), strict=True))
+        keys = [(tuple(pair.query_ids), tuple(pair.ids)) for pair in pairs]
+        missing = [ids for ids in dict.fromkeys(itertools.chain.from_iterable(keys)) if ids not in self._vectors]
         self.n_computed += len(missing)
-        return [engine.logit(pair, self._vectors[pair.query_ids], self._vectors[pair.ids]) for pair in pairs]
+        while missing:
+            batch = rerank_server.take_batch(missing, len, engine.max_batch_tokens, engine.max_sequences)
+            self._vectors.update(zip(batch, engine.embed(batch), strict=True))
+        return [
+            engine.logit(pair, self._vectors[query], self._vectors[passage])
+            for pair, (query, passage) in zip(pairs, keys, strict=True)
+        ]
 
     def order(self, query: str, passages: list[str]) -> list[int]:
         return best_first(self.logits(query, passages))
@@ -228,7 +234,7 @@ def find_system(word: str, settings: rerank_server.Settings, llm_top_n: int) -> 
 def _role(name: str, role: str, settings: rerank_server.Settings, llm_top_n: int) -> System:
     """The file that the server would take, found as it finds them."""
     kinds = {"mini": rerank_server.BI_ENCODER, "m3": rerank_server.CROSS_ENCODER, "gemma": rerank_server.YES_LOGIT}
-    found = rerank_server.files_by_kind(settings.model_folders)
+    found = rerank_server.servable_files(settings.model_folders)
     paths = []
     for needed in ("m3", "gemma") if role == "two-stage" else (role,):
         description = rerank_server.newest(found, kinds[needed])

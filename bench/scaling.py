@@ -97,7 +97,7 @@ def token_counter(file: Path, max_length: int) -> tuple[CountTokens, str]:
     """A request's tokens by the file's own tokenizer, and the role that it serves."""
     settings = rerank_server.Settings(max_length=max_length, ubatch=32)
     engine = rerank_server.load_engine(file, settings)
-    role = "gemma" if engine.kind == "yes-logit" else "m3"
+    role = "gemma" if engine.description.kind == "yes-logit" else "m3"
     return lambda request: sum(len(pair.ids) for pair in engine.pairs.make(request.query, request.passages)), role
 
 

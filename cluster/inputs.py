@@ -98,8 +98,14 @@ def _names(found: dict[Any, list[Path]]) -> str:
 
 def _checked(number: int, values: dict[str, Any], needs_ids: bool) -> Row:
     """Raises BadRequestError that names the field."""
-    query, passage = (rerank_server._text(values.get(name), name, values) for name in ("query", "passage"))
+    query, passage = (_text(values, name) for name in ("query", "passage"))
     return Row(number, query, passage, *(_id(values, name, needs_ids) for name in ("query_id", "passage_id")))
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    if name not in values:
+        raise BadRequestError(f"'{name}' is missing", name)
+    return rerank_server.read_string(values[name], name)
 
 
 def _id(values: dict[str, Any], name: str, is_needed: bool) -> str | None:
@@ -304,8 +310,8 @@ def _texts_by_id(path: Path, bad: list[int]) -> Iterable[tuple[str, str]]:
         for number, line in enumerate(file, 1):
             try:
                 values = rerank_server.parse_json_object(line)
-                text = rerank_server._text(values.get("text"), "text", values)
-                title = rerank_server._text(values.get("title") or "", "title")
+                text = _text(values, "text")
+                title = rerank_server.read_string(values.get("title") or "", "title")
                 yield str(values["_id"]), f"{title} {text}".strip()
             except (BadRequestError, KeyError):
                 bad.append(number)

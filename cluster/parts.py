@@ -149,7 +149,7 @@ class Scorer:
 
     def _logit(self, pair: Pair) -> float | EngineError:
         try:
-            return self._engine.score([pair])[0]
+            return score_all(self._engine, [pair])[0]
         except EngineError as error:
             return error
 

@@ -15,10 +15,9 @@ takes a request, how many there are, and where they run is Ray Serve's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from rerank_server import (
     BusyError,
     Call,
     ClientGoneError,
-    Group,
+    Job,
     ModelError,
     RequestError,
     RerankRequest,
@@ -45,11 +44,12 @@ from rerank_server import (
     Roles,
     Scored,
     UnavailableError,
+    find_roles,
 )  # fmt: skip
 
 # A socket's settings belong to Serve's own proxy (http_options), threads are what Ray reserves, an idle replica is
-# Serve's to stop; /debug/pair needs the engine in the same process.
-NOT_HERE = ("host", "port", "tls_cert", "tls_key", "threads", "unload_idle_s", "drain_s", "log_format", "debug")
+# Serve's to stop.
+NOT_HERE = ("host", "port", "tls_cert", "tls_key", "threads", "unload_idle_s", "drain_s", "log_format")
 MAX_SCORINGS = 3  # of one request, each by another replica, when the replicas die that hold it
 MAX_THREADS = 1024  # of an actor; Serve's max_ongoing_requests is lower
 HOP_BY_HOP = ("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect")  # RFC 9110, 7.6.1
@@ -116,7 +116,7 @@ class Scorer:
         return Scores(results, {name: getattr(call, name) for name in CALL_COUNTS})
 
     def check_health(self) -> None:
-        if not self._role.loaded:
+        if not self._role.is_loaded():
             raise ModelError(f"{self._role.name}: the engine is gone")
 
 
@@ -124,28 +124,22 @@ class Scorer:
 
 
 class RemoteRole(Role):
-    """A role whose pairs are made and scored by a replica of a deployment."""
+    """A role whose pairs are made and scored by a replica of a deployment. It admits everything: the replica has the
+    queue, and Serve's max_queued_requests bounds what waits."""
 
-    def __init__(self, role: Role, settings: rerank_server.Settings, handle: DeploymentHandle[Any]) -> None:
-        super().__init__(role.name, role.description, settings, calibration=role.calibration)
+    def __init__(self, role: Role, handle: DeploymentHandle[Any]) -> None:
+        super().__init__(role.name, role.description, role.calibration)
         self._handle = handle
 
-    @property
-    def loaded(self) -> bool:
+    def is_loaded(self) -> bool:
         return bool(self._handle.running_replicas_populated())
 
-    @contextlib.contextmanager
-    def admit(self, request: RerankRequest, n: int | None = None) -> Iterator[Group]:
-        """Nothing: the replica that gets the pairs has the queue, and Serve's max_queued_requests bounds what waits."""
-        yield Group(0)
-
     def score(
-        self, request: RerankRequest, indices: Sequence[int], call: Call | None = None, group: Group | None = None
+        self, request: RerankRequest, indices: Sequence[int], call: Call, job: Job | None = None
     ) -> list[Scored]:
         """See Role.score. Scoring has no effects, so what a dead replica held is asked of another one."""
         if not indices:
             return []
-        call = call or Call()
         for _ in range(MAX_SCORINGS):
             try:
                 answer = self._ask(_only(request, indices), indices, call)
@@ -196,12 +190,8 @@ class Ingress:
         """Raises SettingsError and ModelError."""
         m3.check_health.remote()  # connects the handle, which then knows whether a replica runs (GET /ready)
         settings = settings_of(values, NOT_HERE, host="127.0.0.1", port=0)
-        found = Roles.find(settings)
-        roles = Roles(
-            RemoteRole(found.m3, settings, m3),
-            RemoteRole(found.gemma, settings, gemma) if found.gemma and gemma else None,
-            found.is_fallback,
-        )
+        handles = [m3] if gemma is None else [m3, gemma]
+        roles = Roles(*(RemoteRole(role, handle) for role, handle in zip(find_roles(settings), handles, strict=False)))
         self._server = rerank_server.RerankServer(rerank_server.Application(roles, settings), settings)
         threading.Thread(target=self._server.serve_forever, name="accept", daemon=True).start()
         self._url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -234,8 +224,8 @@ SCORER = serve.deployment(max_ongoing_requests=8, max_queued_requests=256)(Score
 def app(values: dict[str, Any]) -> serve.Application:
     """The builder that a config names: import_path: cluster.serve_app:app. values: its `args`. Without a file for
     gemma there is no Gemma deployment. Raises SettingsError and ModelError."""
-    found = Roles.find(settings_of(values, NOT_HERE))
-    gemma = SCORER.options(name="Gemma").bind("gemma", values) if found.gemma else None
+    has_gemma = len(find_roles(settings_of(values, NOT_HERE))) > 1
+    gemma = SCORER.options(name="Gemma").bind("gemma", values) if has_gemma else None
     return INGRESS.bind(values, SCORER.options(name="M3").bind("m3", values), gemma)
 
 

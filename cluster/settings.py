@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 import rerank_server
-from rerank_server import OFF, ON, ModelError, Role, Roles, Settings, SettingsError
+from rerank_server import OFF, ON, LocalRole, ModelError, Settings, SettingsError, find_roles
 
 Values = Mapping[str, Any]  # name -> value, as in rerank_server.Settings
 KNOWN = tuple(field.name for field in dataclasses.fields(Settings))
@@ -39,12 +39,12 @@ def actor_settings(values: Values, refused: Iterable[str] = ()) -> Settings:
     return settings_of(values, refused, threads=assigned_threads())
 
 
-def find_role(name: str, settings: Settings) -> Role:
+def find_role(name: str, settings: Settings) -> LocalRole:
     """Raises ModelError."""
-    role: Role | None = getattr(Roles.find(settings), name)
-    if role is None:
-        raise ModelError(f"there is no file for the {name} role on this machine; it must be on every one")
-    return role
+    for role in find_roles(settings):
+        if role.name == name:
+            return role
+    raise ModelError(f"there is no file for the {name} role on this machine; it must be on every one")
 
 
 def assigned_threads() -> int:

@@ -20,8 +20,9 @@ import checkpoints
 import pytest
 from conftest import ROOT, Gguf, convert
 from server_process import ServerProcess
+from test_contracts import ALL as ALL_CONTRACTS
 
-from rerank_server import CONTRACTS, EngineError, RerankRequest, Settings
+from rerank_server import Call, EngineError, RerankRequest, Settings
 
 pytest.importorskip("ray", reason="Ray is not installed: `make cluster`")
 
@@ -356,7 +357,7 @@ def logits_of_the_server(file: Path, pairs: list[dict[str, str]]) -> list[float]
 
     role = find_role("m3", Settings(m3=file, max_length=64, threads=1, accel="off"))
     request = RerankRequest(tuple(p["query"] for p in pairs), tuple(p["passage"] for p in pairs))
-    logits = [result.logit for result in role.score(request, range(len(pairs)))]
+    logits = [result.logit for result in role.score(request, range(len(pairs)), Call())]
     role.close()
     return logits
 
@@ -408,11 +409,9 @@ NATIVE = {"query": "how long do cats sleep", "passages": TEXTS}
 
 
 def contract_requests() -> Iterator[Any]:
-    for contract in CONTRACTS:
-        for name, body in contract.examples().items():
-            yield pytest.param(contract.routes[0], body, "POST", {}, id=name)
-            yield pytest.param(contract.routes[0], {**body, contract.texts: []}, "POST", {}, id=f"{name} of nothing")
-            yield pytest.param(contract.routes[0], {**body, contract.texts: [1]}, "POST", {}, id=f"{name} of a number")
+    for contract in ALL_CONTRACTS:
+        for what, texts in (("texts", TEXTS), ("nothing", []), ("a number", [1])):
+            yield pytest.param(contract.route, contract.body(texts), "POST", {}, id=f"{contract.name} of {what}")
 
 
 @pytest.mark.parametrize(("path", "body", "method", "headers"), [

@@ -153,13 +153,12 @@ def test_a_file_takes_a_role_by_itself_only_when_it_says_that_it_is_a_reranker(
         os.utime(shutil.copy(file, tmp_path / file.name), (1, 1))
     drop = ("rerank.", "general.name")
     other = rewrite(gguf_of(name), tmp_path / "other.gguf", {"general.name": "Some Model"}, drop=drop)
-    found = server.Roles.find(server.Settings(models=str(tmp_path)))
-    served = getattr(found, role)
+    served = {one.name: one for one in server.find_roles(server.Settings(models=str(tmp_path)))}[role]
     assert served.description.path.name == own[0].name
     assert "other.gguf" in caplog.text
     flag: Values = {role: other}
     named_by_flag = server.Settings(models=str(tmp_path), **flag)
-    named = getattr(server.Roles.find(named_by_flag), role)
+    named = {one.name: one for one in server.find_roles(named_by_flag)}[role]
     assert named.description.path == other, "a flag names it"
     assert named.description.doubt
     if name != "gemma":
@@ -192,7 +191,7 @@ def test_a_folder_with_files_that_cannot_be_read_still_starts(gguf_of: Gguf, tmp
     (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (tmp_path / "page.gguf").write_text("<!DOCTYPE html><html>not found</html>")
     shutil.copy(gguf_of("xlmr"), tmp_path / "good.gguf")
-    assert server.Roles.find(server.Settings(models=str(tmp_path))).m3.description.path.name == "good.gguf"
+    assert server.find_roles(server.Settings(models=str(tmp_path)))[0].description.path.name == "good.gguf"
     assert "git lfs pull" in refusal(tmp_path / "pointer.gguf")
     assert "web page" in refusal(tmp_path / "page.gguf")
 

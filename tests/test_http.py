@@ -83,7 +83,8 @@ class Running:
         self.engine = FakeEngine()
         self.m3 = server.LocalRole("m3", describe_fake("fake-m3"), settings, self._load_m3)
         gemma = server.LocalRole("gemma", describe_fake("fake-gemma"), settings, self._load_gemma)
-        self.roles = server.Roles(self.m3, gemma if with_gemma else None, is_fallback=False)
+        self.local = [self.m3, gemma] if with_gemma else [self.m3]
+        self.roles = server.Roles(*self.local)
         self.server = server.RerankServer(server.Application(self.roles, settings), settings)
         self.port: int = self.server.server_address[1]
         self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -123,7 +124,7 @@ class Running:
     def close(self) -> None:
         self.engine.block.set()
         self.server.drain(10)
-        for role in self.roles.all():
+        for role in self.local:
             role.close()
 
 

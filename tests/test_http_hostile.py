@@ -933,7 +933,7 @@ def test_an_idle_tls_connection_does_not_hold_up_the_stop(certificate: Certifica
     waiter.join(20)
     assert stopped == [True]
     silent.close()
-    for role in fixture.roles.all():
+    for role in fixture.local:
         role.close()
 
 

@@ -238,7 +238,8 @@ def test_a_port_in_use_is_said_in_one_line(process: ServerProcess, models: Path)
 
 
 def test_environment_variables_set_what_flags_set(models: Path) -> None:
-    server = ServerProcess(RERANK_MODELS=str(models), RERANK_MAX_LENGTH="64", RERANK_THREADS="1")
+    changes = {"RERANK_MAX_LENGTH": "64", "RERANK_THREADS": "1", "RERANK_STRICT_MODEL": "true"}
+    server = ServerProcess(RERANK_MODELS=str(models), **changes)
     assert server.health()["models"]["m3"]["max_length"] == 64
     assert "1 threads" in server.report
     assert server.stop() == 0
