@@ -2388,28 +2388,40 @@ def _given_back_while_written(n_bytes: int) -> Iterator[None]:
     if n_bytes < _WORTH_WATCHING_BYTES or not sys.platform.startswith("linux"):
         yield
         return
-    before, done = _anonymous_ranges(), threading.Event()
+    before: list[tuple[int, int]] = []
+    is_ready, is_done = threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(_WATCH_S):
-            for start, end in _anonymous_ranges():
-                # A new block may have been joined to an old one by the kernel.
-                start = max([start, *(old_end for old, old_end in before if old <= start < old_end)])
+        before.extend(_anonymous_ranges())  # here: this thread's own stack is among them
+        is_ready.set()
+        while not is_done.wait(_WATCH_S):
+            for start, end in _new_ranges(before):
                 if n_bytes <= end - start <= n_bytes * 1.05:  # the vectors lie behind the logits
                     # The first page holds malloc's header.
                     _give_back_pages(start + mmap.PAGESIZE, n_bytes - mmap.PAGESIZE)
 
     watcher = threading.Thread(target=watch, name="memory", daemon=True)
     watcher.start()
+    is_ready.wait()
     try:
         yield
     finally:
-        done.set()
+        is_done.set()
         watcher.join()
 
 
 _WORTH_WATCHING_BYTES = 64 << 20
 _WATCH_S = 0.002
+
+
+def _new_ranges(before: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What is mapped now and was not before. The kernel joins a new block with its neighbours."""
+    for start, end in _anonymous_ranges():
+        for low, high in before:  # in ascending order
+            if low < end and high > start:
+                yield start, low
+                start = high
+        yield start, end
 
 
 def _anonymous_ranges() -> list[tuple[int, int]]:

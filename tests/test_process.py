@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -268,16 +269,29 @@ def test_check_scores_pairs_from_standard_input(gguf_of: Gguf) -> None:
     assert last["summary"]["n_pairs"] == 2
 
 
-def test_the_logits_that_an_encoder_never_computes_take_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_length", [512, 1024])
+def test_the_logits_that_an_encoder_never_computes_take_no_memory(tmp_path: Path, max_length: int) -> None:
     """llama.cpp clears 250,000 floats for each token of the longest pair: 512 MB here, which would not fit beside the
     model in a small container, not even for a moment."""
     checkpoint = bench_checkpoints.make_checkpoint("m3", tmp_path / "wide", hidden=256, layers=1, vocabulary=250_002)
     command = [sys.executable, "-m", "convert", str(checkpoint), "--quant", "Q8_0", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    server = ServerProcess("--m3", tmp_path / "wide-Q8_0.gguf", "--max-length", "512")
+    server = ServerProcess("--m3", tmp_path / "wide-Q8_0.gguf", "--max-length", str(max_length))
     try:
         status, scores, _ = server.rerank(query="q", passages=["a long passage " * 300, "a short one"])
         assert (status, len(scores)) == (200, 2)
         assert server.peak_bytes() < (tmp_path / "wide-Q8_0.gguf").stat().st_size + 250_000_000
     finally:
         server.stop()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_new_memory_is_known_from_old_wherever_the_kernel_joins_them() -> None:
+    """Would break: a gigabyte of logits that lies beside another block is not seen, and a small container dies."""
+    n_bytes, blocks = 16 << 20, []
+    for _ in range(5):
+        before = rerank_server._anonymous_ranges()
+        blocks.append(mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        assert n_bytes in [end - start for start, end in rerank_server._new_ranges(before)]
+    for block in blocks:
+        block.close()
