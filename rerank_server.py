@@ -2856,8 +2856,7 @@ def _calibration_of(entry: dict[str, Any], model: ModelDescription) -> Calibrati
         if entry[name] != getattr(model, name):
             raise SettingsError(
                 f"--calibration was fitted for another {model.path.name} (its {name} was "
-                f"{entry[name]!r}, not {getattr(model, name)!r}): run `python -m bench.calibrate` "
-                "with this one")
+                f"{entry[name]!r}): run `python -m bench.calibrate` with this one")
     scale, bias = float(entry["scale"]), float(entry["bias"])
     if not (math.isfinite(scale) and math.isfinite(bias) and scale > 0):
         raise ValueError(f"scale {scale} and bias {bias} make no rising curve")
@@ -2946,7 +2945,7 @@ class ScoreCache:
 
 
 class Role:
-    """A model that scores requests. Any thread. LocalRole does it in this process."""
+    """A model that scores requests. Any thread."""
 
     metrics: Metrics  # Roles gives all of its roles one
 
@@ -2994,7 +2993,7 @@ class Asked:
 
 
 class LocalRole(Role):
-    """A file, its queue, and a scheduler with its engine while they are needed."""
+    """In this process: a queue, and a scheduler with its engine while they are needed."""
 
     def __init__(
         self, name: str, description: ModelDescription, settings: Settings,
@@ -3050,8 +3049,7 @@ class LocalRole(Role):
         return engine
 
     def _idle_s(self, engine: Engine) -> float | None:
-        """See Scheduler. gemma is given up after --unload-idle-s, but never while a request uses
-        it."""
+        """See Scheduler. gemma is freed after --unload-idle-s, but not while a request uses it."""
         unload_s = self._settings.unload_idle_s
         if self.name != "gemma" or not unload_s:
             return math.inf
@@ -3102,8 +3100,7 @@ class LocalRole(Role):
             results = [self._scored(one, logits, request, engine.pairs, call) for one in asked]
         call.n_pairs += sum(len(one.keys) for one in asked)
         self.metrics.tokenise_seconds.labels(self.name).observe(call.tokenise_s - tokenised_s)
-        n_cut = sum(one.truncated for one in asked)
-        self.metrics.truncated_passages.labels(self.name).inc(n_cut)
+        self.metrics.truncated_passages.labels(self.name).inc(sum(one.truncated for one in asked))
         return results
 
     def _submit(
@@ -3239,9 +3236,8 @@ class Roles:
             self.metrics.add_role(role)
 
     def select(self, request: RerankRequest, strict: bool) -> Role:
-        """By use_llm, else by the model's name. Raises UnavailableError that names the command
-        which makes the missing file, and (strict) ModelNotFoundError for a name that is none of
-        ours."""
+        """By use_llm, else by the model's name. Raises UnavailableError where there is no gemma,
+        and (strict) ModelNotFoundError for a name that is none of ours."""
         name = (request.model or "").rpartition("/")[2].lower()
         gemmas = {"gemma", "bge-reranker-v2-gemma", *_names(self.gemma)}
         ours = {"mini", "all-minilm-l6-v2"} if self.is_fallback else {"m3", "bge-reranker-v2-m3"}
@@ -3401,9 +3397,8 @@ Handler = Callable[[bytes, Call], Response]
 
 
 def page_response(page: str) -> Response:
-    """A page whose own script and style run, and nothing else: neither what a text brings along nor
-    what the network has (Content Security Policy, level 3). Trusted types: not even its own script
-    can turn a text into HTML."""
+    """A page whose own script and style run, and nothing that a text brings along or the network
+    has (Content Security Policy, level 3). Trusted types: no script can turn a text into HTML."""
     policy = (
         f"default-src 'none'; script-src {_hashes(page, 'script')}; "
         f"style-src {_hashes(page, 'style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
@@ -3518,30 +3513,31 @@ class Application:
 
     def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
-        models |= {role.name: self._model_state(role) for role in self._roles.all()}
+        models |= {role.name: self._state_of(role) for role in self._roles.all()}
         tuning = self._settings.tuning
         accel = {"used": tuning.accel, "reason": tuning.accel_reason, "bytes": accel_bytes()}
-        state = {"status": "ok", "version": __version__, "models": models, "accel": accel}
-        return Response(200, state)
+        about = {"status": "ok", "version": __version__, "models": models, "accel": accel}
+        return Response(200, about)
 
     def models(self, raw: bytes, call: Call) -> Response:
         """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: one of
         them. Raises ModelNotFoundError."""
-        listed = {role.name: self._listed(role) for role in self._roles.all()}
         _, _, name = call.path.strip("/").partition("models/")
         if not name:
-            return Response(200, {"object": "list", "data": list(listed.values())})
-        asked = RerankRequest((), (), model=urllib.parse.unquote(name))
-        role = self._roles.select(asked, strict=True)
-        return Response(200, {**listed[role.name], "id": asked.model})
+            listed = [self._listed(role, role.description.name) for role in self._roles.all()]
+            return Response(200, {"object": "list", "data": listed})
+        name = urllib.parse.unquote(name)
+        role = self._roles.select(RerankRequest((), (), model=name), strict=True)
+        return Response(200, self._listed(role, name))
 
-    def _listed(self, role: Role) -> dict[str, Any]:
+    def _listed(self, role: Role, name: str) -> dict[str, Any]:
         """model_type: what Xinference's clients look at."""
-        model = role.description
-        named = {"id": model.name, "object": "model", "created": 0, "owned_by": model.source}
-        return {**named, "model_type": "rerank", "role": role.name, **self._model_state(role)}
+        return {
+            "id": name, "object": "model", "created": 0, "owned_by": role.description.source,
+            "model_type": "rerank", "role": role.name, **self._state_of(role),
+        }
 
-    def _model_state(self, role: Role) -> dict[str, Any]:
+    def _state_of(self, role: Role) -> dict[str, Any]:
         model = role.description
         names = ("source", "kind", "architecture", "quantization", "file_bytes")
         return {
@@ -4311,17 +4307,17 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
     lines = [f"rerank-server {__version__} (llama-cpp-python {llama_version()})", ""]
     lines += _role_lines("use_llm false", roles.m3, settings)
     if roles.is_fallback:
-        lines += ["    no m3 file found, so the small English model serves this role"]
-        lines += [f"    to get m3: {MODEL_COMMANDS['m3']}"]
+        lines.append("    no m3 file found, so the small English model serves this role")
+        lines.append(f"    to get m3: {MODEL_COMMANDS['m3']}")
     if roles.gemma:
         lines += _role_lines("use_llm true ", roles.gemma, settings)
-        lines += ["    loaded on first use"]
+        lines.append("    loaded on first use")
     else:
-        lines += ["  use_llm true   no model: answers 503"]
-        lines += [f"    to get gemma: {MODEL_COMMANDS['gemma']}"]
+        lines.append("  use_llm true   no model: answers 503")
+        lines.append(f"    to get gemma: {MODEL_COMMANDS['gemma']}")
     lines += [f"  {line}" for line in unconverted(settings.model_folders)]
     if not WEB.is_dir():
-        lines += [f"  no {WEB.name}/ beside rerank_server.py: no page, no /docs"]
+        lines.append("  no web/ beside rerank_server.py: no page, no /docs")
     example = json.dumps(dict(zip(("query", "passages"), SAMPLE, strict=True)))
     return "\n".join([
         *lines, "", f"  {settings.tuning}",
@@ -4354,8 +4350,7 @@ def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None)
 
 
 def unconverted(folders: Iterable[Path]) -> Iterator[str]:
-    """A line with the command for each reranker's checkpoint in the models folders that no GGUF
-    file was made of yet, and for a clone that holds only git-lfs's pointers."""
+    """A line with the command for each reranker's checkpoint that no GGUF file was made of yet."""
     for config in (config for folder in folders for config in sorted(folder.glob("*/config.json"))):
         checkpoint = config.parent
         where = os.path.relpath(checkpoint)
@@ -4388,8 +4383,8 @@ def address_of(server: RerankServer, settings: Settings) -> str:
     return f"{scheme}://{f'[{named}]' if ':' in named else named}:{port}"
 
 
-def serve(settings: Settings) -> int:
-    """Runs until SIGTERM or Ctrl-C. Returns the exit status."""
+def serve(settings: Settings) -> None:
+    """Runs until SIGTERM or Ctrl-C."""
     stop = StopSignals()
     _allow_files(settings.max_connections)
     _bound_heaps()
@@ -4417,13 +4412,12 @@ def serve(settings: Settings) -> int:
     if not all(role.close(HUNG_ENGINE_S) for role in local):
         os._exit(0)  # an engine that does not come back
     log.info("stopped")
-    return 0
 
 
 class StopSignals:
     """SIGTERM and SIGINT. The kernel may give them to any thread, and that does not wake a main
-    thread which waits for a lock. So the main thread reads what the C handler writes, in any
-    thread; and a handler that does nothing may be interrupted by itself."""
+    thread which waits for a lock. So the main thread reads what the C handler writes; and Python's
+    handler, which does nothing, may be interrupted by itself."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -4445,8 +4439,7 @@ _WAKE = b"\0"  # no signal has this number
 
 
 def _allow_files(max_connections: int) -> None:
-    """Raises SettingsError when this process may not open that many connections, and what else it
-    needs."""
+    """Raises SettingsError when this process may not open as many."""
     needed = max_connections + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -4457,9 +4450,8 @@ def _allow_files(max_connections: int) -> None:
 
 
 def _bound_heaps() -> None:
-    """glibc gives its threads up to eight heaps for each core, and what was freed in one is of no
-    use to another: under 64 clients 110 MB became 174 in 80 s, and with two heaps 117. Python's
-    threads allocate in turns anyway."""
+    """glibc gives threads up to eight heaps for each core, and what was freed in one is of no use
+    to another: under 64 clients 110 MB became 174 in 80 s, and with two heaps 117."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
@@ -4467,32 +4459,25 @@ def _bound_heaps() -> None:
 _M_ARENA_MAX = -8  # malloc.h
 
 
-def check(path: Path, pairs: str | None, settings: Settings) -> int:
+def check(path: Path, pairs: str | None, settings: Settings) -> None:
     """--check: opens a file as the server would and says what it is; with pairs, scores them (one
     JSON line each)."""
-    engine = load_engine(path, settings, is_alone=True)
-    try:
+    with contextlib.closing(load_engine(path, settings, is_alone=True)) as engine:
         if pairs is None:
             print(f"{path}: good", *_check_lines(engine), sep="\n  ")
-        elif pairs == "-":
-            _score_lines(engine, sys.stdin)
-        else:
-            with Path(pairs).open(encoding="utf-8") as lines:
-                _score_lines(engine, lines)
-        return 0
-    finally:
-        engine.close()
+            return
+        with Path("/dev/stdin" if pairs == "-" else pairs).open(encoding="utf-8") as lines:
+            _score_lines(engine, lines)
 
 
 def _check_lines(engine: Engine) -> Iterator[str]:
-    model = engine.description
+    model, (query, passages) = engine.description, SAMPLE
     yield from _model_lines(model, model.max_tokens, engine.arithmetic)
     if model.doubt:
         yield f"{model.doubt}: it serves a role only when a flag names it"
     if model.kind == YES_LOGIT:
         for name, text in dataclasses.asdict(model.prompt).items():
             yield f"{name} {text!r}"
-    query, passages = SAMPLE
     logits = score_all(engine, engine.pairs.make(query, passages))
     for passage, logit in zip(passages, logits, strict=True):
         yield f"{query!r} / {passage!r}: {sigmoid(logit):.4f}"
@@ -4501,22 +4486,22 @@ def _check_lines(engine: Engine) -> Iterator[str]:
 def _score_lines(engine: Engine, lines: Iterable[str]) -> None:
     pairs: list[Pair] = []
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                pairs.append(_line_pair(engine, line))
-            except BadRequestError as error:
-                raise ModelError(f"--pairs, line {number}: {error.message}") from None
+        if not line.strip():
+            continue
+        try:
+            pairs.append(_line_pair(engine, line))
+        except BadRequestError as error:
+            raise ModelError(f"--pairs, line {number}: {error.message}") from None
     started = time.perf_counter()
     logits = score_all(engine, pairs)
-    seconds = time.perf_counter() - started
+    summary = {
+        "arithmetic": engine.arithmetic, "n_pairs": len(pairs),
+        "n_tokens": sum(len(pair.ids) for pair in pairs),
+        "seconds": time.perf_counter() - started, "rss_bytes": resident_bytes(),
+    }
     for pair, logit in zip(pairs, logits, strict=True):
         print(json.dumps(_shown_pair(engine, pair, logit)))
-    print(json.dumps({"summary": {
-        "kind": engine.description.kind, "quantization": engine.description.quantization,
-        "arithmetic": engine.arithmetic, "n_pairs": len(pairs),
-        "n_tokens": sum(len(pair.ids) for pair in pairs), "seconds": seconds,
-        "rss_bytes": resident_bytes(),
-    }}))
+    print(json.dumps({"summary": summary}))
 
 
 def _line_pair(engine: Engine, line: str) -> Pair:
@@ -4533,15 +4518,13 @@ def _line_pair(engine: Engine, line: str) -> Pair:
 
 
 def _shown_pair(engine: Engine, pair: Pair, logit: float) -> dict[str, Any]:
-    """What the model sees of a pair, and what it says."""
-    shown: dict[str, Any] = {"ids": list(pair.ids), "pieces": engine.pieces(pair.ids)}
-    if pair.query_ids:
-        query_ids = list(pair.query_ids)
-        shown |= {"query_ids": query_ids, "query_pieces": engine.pieces(query_ids)}
-    return {
-        **shown, "passage_start": pair.passage_start, "n_dropped": pair.n_dropped,
+    shown = {
+        "ids": list(pair.ids), "pieces": engine.pieces(pair.ids),
+        "query_ids": list(pair.query_ids), "query_pieces": engine.pieces(pair.query_ids),
+        "passage_start": pair.passage_start, "n_dropped": pair.n_dropped,
         "truncated": pair.truncated, "logit": logit, "score": sigmoid(logit),
     }
+    return {name: value for name, value in shown.items() if value != []}
 
 
 class LogFormatter(logging.Formatter):
@@ -4575,8 +4558,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler.setFormatter(LogFormatter(settings.log_format))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
         if arguments.check:
-            return check(arguments.check, arguments.pairs, settings)
-        return serve(settings)
+            check(arguments.check, arguments.pairs, settings)
+        else:
+            serve(settings)
+        return 0
     except (SettingsError, ModelError, EngineError, OSError) as error:
         print(f"rerank_server.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

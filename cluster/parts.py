@@ -20,7 +20,17 @@ import pyarrow.parquet as pq
 
 from cluster.inputs import BadRow, InputError, Part, Row, Source
 from cluster.settings import Values, actor_settings, find_role
-from rerank_server import EngineError, ModelError, Pair, RerankRequest, Scored, Settings, load_engine, pairs_of, score_all
+from rerank_server import (
+    EngineError,
+    ModelError,
+    Pair,
+    RerankRequest,
+    Scored,
+    Settings,
+    load_engine,
+    pairs_of,
+    score_all,
+)
 
 # logit: exact where scores saturate at 1.0. row: its number in the input, from 0.
 SCHEMA = pa.schema([
