@@ -22,7 +22,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/rerank-server
 export PIP_CACHE_DIR ?= $(CACHE)/pip
 LLAMA_WHEELS := $(CACHE)/llama-cpp-python-$(LLAMA_VERSION)-$(LLAMA_KEY)
 
-.PHONY: help install run mini convert verify test lint bench quality soak accel clean lock clients cluster cluster-demo image
+.PHONY: help install run mini convert verify openapi test lint bench quality soak accel clean lock clients cluster cluster-demo image
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ convert: install ## convert m3 and gemma, or one: MODEL=m3 [QUANT=Q5_K_S]
 
 verify: mini ## compare the mini model's quantisations with float32: token ids, logits, ranks, speed
 	$(BIN)/python -m convert mini --quant F32 F16 Q8_0 Q5_0 --out build/verify
+
+openapi: install ## write web/openapi.json and web/docs.html from the server's tables
+	$(BIN)/python docs/openapi.py
 
 clients: $(VENV)/.installed-clients ## install other projects' rerank clients, which some tests drive when they are there
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,10 @@ from openapi_spec_validator import validate
 from server_process import ServerProcess
 from test_contracts import ALL, LONG, Contract, Served, for_all, send
 
+import rerank_server
+
 Document = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +71,39 @@ def test_every_post_describes_its_body_and_has_an_example(document: Document) ->
             assert any(path == route for route, _, _ in examples(document)), path
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_every_route_is_in_it_and_nothing_else(debug: bool) -> None:
-    fixture = Served(debug=debug)
-    _, document, _ = fixture.request("GET", "/openapi.json")
+def test_the_committed_files_are_what_the_code_makes() -> None:
+    """Would break: a field is added to the server, and the document goes on without it."""
+    command = [sys.executable, "docs/openapi.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_route_is_in_it_and_nothing_else(served: Served, document: Document) -> None:
     described = {(path, method.upper()) for path, method, _ in operations(document)}
-    routes = fixture.server.application.routes
-    assert described == {(path, method) for path, methods in routes.items() for method in methods}
-    _, refusal, _ = fixture.request("GET", "/nothing")
-    assert set(re.findall(r"/[\w./]*", refusal["message"])) - {"/nothing"} == {path for path, _ in described}
-    fixture.close()
+    routes = {(path, method) for path, methods in served.server.application.routes.items() for method in methods}
+    assert {(rerank_server.endpoint_of(method, path), method) for path, method in described} == routes
+    assert routes <= described
+    status, refusal, _ = served.request("GET", "/nothing")
+    assert (status, f"http://127.0.0.1:{served.port}/v1" in refusal["message"]) == (404, True)
+
+
+def test_a_lone_copy_of_the_server_has_neither(tmp_path: Path) -> None:
+    application = rerank_server.Application(*lone_parts(), web=tmp_path)
+    for answer in (application.openapi, application.docs):
+        with pytest.raises(rerank_server.HttpError, match=r"beside rerank_server\.py") as refused:
+            answer(b"", rerank_server.Call())
+        assert refused.value.status == 404
+
+
+def lone_parts() -> tuple[rerank_server.Roles, rerank_server.Settings]:
+    settings = rerank_server.Settings(models=str(ROOT / "models"))
+    return rerank_server.Roles.find(settings), settings
 
 
 def test_every_example_is_answered_as_the_document_says(document: Document, tiny_server: ServerProcess) -> None:
-    sent = [one for one in examples(document) if one[0] != "/debug/pair"]  # the process runs without --debug
+    sent = examples(document)
     assert {path for path, _, _ in sent} >= {"/rerank", "/v1/rerank", "/v2/rerank", "/score"}
+    assert {name for _, name, _ in sent} == rerank_server.CONTRACTS.keys()
     for path, name, body in sent:
         status, answer, _ = tiny_server.rerank(path, **body)
         assert status == 200, (path, name, answer)
@@ -120,16 +144,27 @@ def test_what_the_server_takes_is_what_the_schema_takes(served: Served, document
     nulls = dict.fromkeys(optional - ({"top_n"} if contract.name == "voyage" else set()))
     one = contract.body(["1"])
     bodies = [one, contract.body([]), {**one, "unknown": 1}, {**one, **nulls}]
+    if contract.name != "native":
+        bodies += [contract.body([{"text": "1", "id": 3, "title": "x"}, "2"])]
+    parts = [{"type": "text", "text": "1"}, {"content": "2"}]
+    bodies += [contract.body([{"text": None, "page_content": "1"}, parts]),
+               {**one, "max_length": "100", "raw_scores": "True", "max_tokens_per_query": -1, "timeout": "20"},
+               {**one, "truncation_side": "LEFT", "overlap_tokens": 2.0, "truncate_prompt_tokens": 0}]  # fmt: skip
+    if contract.name != "score":
+        bodies += [{**one, contract.query: parts}]
     if contract.name == "score":
         bodies += [{"text_1": "a", "text_2": "b"}, {"text_1": ["a"], "text_2": ["b"]},
                    {"queries": "a", "documents": ["b"]}, {"queries": ["a"], "documents": [{"text": "b"}]}]  # fmt: skip
-    elif contract.name != "native":
-        bodies += [contract.body([{"text": "1", "id": 3, "title": "x"}, "2"])]
     for body in bodies:
         assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 200, body
         check(document, schema, body)
-    with pytest.raises(Exception, match=r"is not of type|is not valid under any"):
-        check(document, schema, {**contract.body(["1"]), contract.query: 3})
+    wrong = [{contract.query: 3}, {contract.texts: [{"title": "x"}]}, {"max_length": 9000}, {"max_length": "x"},
+             {"truncation_side": "up"}, {"raw_scores": "yes"}, {"timeout": 0}]  # fmt: skip
+    for fields in wrong:
+        body = {**one, **fields}
+        assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 400, body
+        with pytest.raises(Exception, match=r"is not of type|is not valid under any"):
+            check(document, schema, body)
 
 
 def undescribed(schema: dict[str, Any], value: Any, where: str = "") -> list[str]:
@@ -150,7 +185,7 @@ def test_the_longest_answer_has_nothing_that_its_schema_does_not_name(
     served: Served, document: Document, contract: Contract
 ) -> None:
     schema = document["components"]["schemas"][f"{named_in(contract)}_response"]
-    status, answer, _ = send(served, contract, ["1", LONG], return_documents=True, ids=["a", 2], model="m3")
+    status, answer, _ = send(served, contract, ["1\ud800", LONG], return_documents=True, ids=["a", 2], model="m3", return_characters_read=True)
     assert status == 200
     check(document, schema, answer)
     assert undescribed(schema, answer) == []
