@@ -3520,8 +3520,8 @@ class Application:
         return Response(200, about)
 
     def models(self, raw: bytes, call: Call) -> Response:
-        """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: one of
-        them. Raises ModelNotFoundError."""
+        """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: the one that
+        serves this name. Raises ModelNotFoundError."""
         _, _, name = call.path.strip("/").partition("models/")
         if not name:
             listed = [self._listed(role, role.description.name) for role in self._roles.all()]

@@ -97,7 +97,7 @@ def test_a_lone_copy_of_the_server_has_neither(tmp_path: Path) -> None:
 
 def lone_parts() -> tuple[rerank_server.Roles, rerank_server.Settings]:
     settings = rerank_server.Settings(models=str(ROOT / "models"))
-    return rerank_server.Roles.find(settings), settings
+    return rerank_server.Roles(*rerank_server.find_roles(settings)), settings
 
 
 def test_every_example_is_answered_as_the_document_says(document: Document, tiny_server: ServerProcess) -> None:
@@ -185,7 +185,8 @@ def test_the_longest_answer_has_nothing_that_its_schema_does_not_name(
     served: Served, document: Document, contract: Contract
 ) -> None:
     schema = document["components"]["schemas"][f"{named_in(contract)}_response"]
-    status, answer, _ = send(served, contract, ["1\ud800", LONG], return_documents=True, ids=["a", 2], model="m3", return_characters_read=True)
+    status, answer, _ = send(served, contract, ["1\ud800", LONG], return_documents=True, ids=["a", 2], model="m3",
+                             return_characters_read=True)  # fmt: skip
     assert status == 200
     check(document, schema, answer)
     assert undescribed(schema, answer) == []
