@@ -3527,7 +3527,8 @@ class Application:
             listed = [self._listed(role, role.description.name) for role in self._roles.all()]
             return Response(200, {"object": "list", "data": listed})
         name = urllib.parse.unquote(name)
-        role = self._roles.select(RerankRequest((), (), model=name), strict=True)
+        asked = RerankRequest((), (), model=name)
+        role = self._roles.select(asked, self._settings.strict_model)
         return Response(200, self._listed(role, name))
 
     def _listed(self, role: Role, name: str) -> dict[str, Any]:

@@ -71,7 +71,10 @@ def test_probes_need_no_key(served: Served, path: str, method: str) -> None:
     assert served.request(method, path)[0] == 200
 
 
-@pytest.mark.parametrize("name", ["fake-m3", "m3", "my/own-name", "BAAI/bge-reranker-v2-m3", "BAAI%2Fbge-reranker-v2-m3"])
+NAMES = ("fake-m3", "m3", "my/own-name", "BAAI/bge-reranker-v2-m3", "BAAI%2Fbge-reranker-v2-m3")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_asked_for_by_name(served: Served, name: str) -> None:
     status, answer, _ = served.request("GET", f"/v1/models/{name}", Authorization="Bearer sesame")
     assert (status, answer["id"], answer["model_type"]) == (200, name.replace("%2F", "/"), "rerank")
@@ -178,7 +181,8 @@ def test_limits_do_what_they_say(served: Served) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"top_n": 0}, {"top_k": 0}, {"truncate_prompt_tokens": 5},
-                                    {"truncation_side": "up"}, {"max_tokens_per_query": "few"}, {"max_chunks_per_doc": "x"},
+                                    {"truncation_side": "up"}, {"max_tokens_per_query": "few"},
+                                    {"max_chunks_per_doc": "x"},
                                     {"overlap_tokens": -1}, {"max_tokens_per_doc": -2}], ids=str)  # fmt: skip
 def test_what_cannot_be_done_is_refused_and_named(served: Served, fields: dict[str, Any]) -> None:
     assert f"'{next(iter(fields))}'" in refused(served, {**DOCUMENTS, **fields})
