@@ -745,6 +745,8 @@ class Choice:
 def read_string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise _wrong(name, "a string", value)
+    if _whole_characters(value) is not value:
+        raise BadRequestError(f"'{name}' has half a character (a lone surrogate)", name)
     return value
 
 
@@ -3004,6 +3006,7 @@ class LocalRole(Role):
         self._settings, self._load = settings, load
         self._lock = threading.Lock()  # guards _scheduler, _n_users, _last_used and _closed
         self._scheduler: Scheduler | None = None
+        self.metrics = Metrics()  # until Roles gives it another
         self._n_users = 0
         self._last_used = 0.0  # time.monotonic()
         self._closed = False

@@ -165,6 +165,8 @@ def test_what_cannot_be_read_has_its_reason(tmp_path: Path) -> None:
 class Poisoned:
     """An engine in front of another: gives NaN for the longest pair, or fails for a list with it."""
 
+    max_batch_tokens, max_sequences = 4096, 64
+
     def __init__(self, engine: Any, fails: bool) -> None:
         self.engine, self.pairs, self.fails = engine, engine.pairs, fails
 
