@@ -23,6 +23,8 @@ from conftest import EngineOf, Gguf
 from guard import needs
 from test_the_server import PASSAGES, QUERY, health, main, post
 
+import rerank_server
+
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "rerank-server:latest"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60, 60
@@ -130,6 +132,8 @@ def test_the_image_serves_its_users(container: Buildah, mini_server: str) -> Non
     """Would break: the three lines with which a user starts, and scores that depend on where the server runs."""
     with Serving(container) as server:
         assert main(server.url) == 0
+        for path in ("/", "/docs", "/openapi.json"):  # files of web/; 404 without them
+            urllib.request.urlopen(f"{server.url}{path}", timeout=30).close()
         inside = post(server.url, {"query": QUERY, "passages": PASSAGES})[1]
         outside = post(mini_server, {"query": QUERY, "passages": PASSAGES})[1]
         assert max(abs(a - b) for a, b in zip(inside, outside, strict=True)) < SCORE_TOLERANCE, (inside, outside)
@@ -159,7 +163,7 @@ def test_m3_and_gemma_are_read_from_a_mounted_folder(
     with Serving(container, tmp_path) as server:
         for use_llm, architecture in ((False, "xlmr"), (True, "gemma")):
             engine = engine_of(architecture)
-            logits = server.score_all(engine, engine.pairs.make(QUERY, PASSAGES))
+            logits = rerank_server.score_all(engine, engine.pairs.make(QUERY, PASSAGES))
             body = {"query": QUERY, "passages": PASSAGES, "use_llm": use_llm, "raw_scores": True}
             answered = post(server.url, body)[1]
             assert answered == pytest.approx(logits, abs=LOGIT_TOLERANCE), architecture
