@@ -160,8 +160,10 @@ def test_what_the_server_takes_is_what_the_schema_takes(served: Served, document
     for body in bodies:
         assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 200, body
         check(document, schema, body)
-    wrong = [{contract.query: 3}, {contract.texts: [{"title": "x"}]}, {"max_length": 9000}, {"max_length": "x"},
-             {"truncation_side": "up"}, {"raw_scores": "yes"}, {"timeout": 0}]  # fmt: skip
+    wrong: tuple[dict[str, Any], ...] = (
+        {contract.query: 3}, {contract.texts: [{"title": "x"}]}, {"max_length": 9000}, {"max_length": "x"},
+        {"truncation_side": "up"}, {"raw_scores": "yes"}, {"timeout": 0},
+    )  # fmt: skip
     for fields in wrong:
         body = {**one, **fields}
         assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 400, body
