@@ -132,6 +132,8 @@ def test_the_image_serves_its_users(container: Buildah, mini_server: str) -> Non
     """Would break: the three lines with which a user starts, and scores that depend on where the server runs."""
     with Serving(container) as server:
         assert main(server.url) == 0
+        for path in ("/", "/docs", "/openapi.json"):  # files of web/; 404 without them
+            urllib.request.urlopen(f"{server.url}{path}", timeout=30).close()
         inside = post(server.url, {"query": QUERY, "passages": PASSAGES})[1]
         outside = post(mini_server, {"query": QUERY, "passages": PASSAGES})[1]
         assert max(abs(a - b) for a, b in zip(inside, outside, strict=True)) < SCORE_TOLERANCE, (inside, outside)

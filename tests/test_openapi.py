@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -158,8 +160,10 @@ def test_what_the_server_takes_is_what_the_schema_takes(served: Served, document
     for body in bodies:
         assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 200, body
         check(document, schema, body)
-    wrong = [{contract.query: 3}, {contract.texts: [{"title": "x"}]}, {"max_length": 9000}, {"max_length": "x"},
-             {"truncation_side": "up"}, {"raw_scores": "yes"}, {"timeout": 0}]  # fmt: skip
+    wrong: tuple[dict[str, Any], ...] = (
+        {contract.query: 3}, {contract.texts: [{"title": "x"}]}, {"max_length": 9000}, {"max_length": "x"},
+        {"truncation_side": "up"}, {"raw_scores": "yes"}, {"timeout": 0},
+    )  # fmt: skip
     for fields in wrong:
         body = {**one, **fields}
         assert served.request("POST", contract.route, json.dumps(body).encode())[0] == 400, body
@@ -185,8 +189,8 @@ def test_the_longest_answer_has_nothing_that_its_schema_does_not_name(
     served: Served, document: Document, contract: Contract
 ) -> None:
     schema = document["components"]["schemas"][f"{named_in(contract)}_response"]
-    status, answer, _ = send(served, contract, ["1\ud800", LONG], return_documents=True, ids=["a", 2], model="m3",
-                             return_characters_read=True)  # fmt: skip
+    fields: dict[str, Any] = {"return_documents": True, "ids": ["a", 2], "model": "m3", "return_characters_read": True}
+    status, answer, _ = send(served, contract, ["1\ud800", LONG], **fields)
     assert status == 200
     check(document, schema, answer)
     assert undescribed(schema, answer) == []
@@ -214,7 +218,11 @@ def test_get_routes_answer_as_described(document: Document, tiny_server: ServerP
 
 def test_the_page_needs_no_network_and_names_every_field(document: Document, tiny_server: ServerProcess) -> None:
     with urllib.request.urlopen(f"{tiny_server.url}/docs", timeout=30) as answer:
-        page = answer.read().decode()
+        page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "style=" not in page, "the policy would drop it"
     assert not re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?\s*(?:https?:)?//""", page)
     assert "<script" not in page
     for name, schema in document["components"]["schemas"].items():
