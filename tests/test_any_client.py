@@ -256,7 +256,7 @@ def test_an_unknown_path_is_told_the_base_url_in_one_line(served: Served, path: 
 def test_a_preflight_for_a_private_network_is_answered_for_allowed_origins_only(locked: Served) -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
     for origin, expected in (("https://notes.example", "true"), ("https://other.example", None)):
-        _, _, headers = locked.request("OPTIONS", "/v1/rerank", Origin=origin, **asked)
+        _, _, headers = locked.request("OPTIONS", "/v1/rerank", None, Origin=origin, **asked)
         assert headers["Access-Control-Allow-Private-Network"] == expected
         assert headers["Access-Control-Allow-Origin"] == (origin if expected else None)
 
@@ -293,7 +293,7 @@ def test_the_texts_of_content_parts_are_joined(served: Served) -> None:
     assert (result["relevance_score"], result["document"]["text"]) == (HIGH, "1\n3")
 
 
-HALF = {"query": "q", "documents": ["-2", "\ud83d 3", "1"], "return_documents": True}
+HALF: dict[str, Any] = {"query": "q", "documents": ["-2", "\ud83d 3", "1"], "return_documents": True}
 
 
 def test_half_a_character_is_replaced_counted_and_told(served: Served) -> None:

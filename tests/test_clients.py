@@ -318,7 +318,8 @@ MODULES = {  # name in the lines of that table -> module that has it
     "HuggingFaceTEIRanker": "haystack_integrations.components.rankers.huggingface_api",
     "Client": "infinity_client", "RerankInput": "infinity_client.models",
     "rerank": "infinity_client.api.default.rerank",
-    "nodes": "llama_index.core.schema", "docs": "haystack",
+    "NVIDIARerank": "langchain_nvidia_ai_endpoints", "asyncio": "asyncio", "cohere_rerank": "lightrag.rerank",
+    "nodes": "llama_index.core.schema", "docs": "haystack", "pages": "langchain_core.documents",
 }  # fmt: skip
 
 
@@ -326,6 +327,8 @@ def value_of(name: str) -> Any:
     module = needs_client(MODULES[name])
     if name == "nodes":
         return [module.NodeWithScore(node=module.TextNode(text=text)) for text in DOCUMENTS]
+    if name == "pages":
+        return [module.Document(page_content=text) for text in DOCUMENTS if text]
     if name == "docs":
         return [module.Document(content=text) for text in DOCUMENTS]
     return module if MODULES[name].endswith(name) else getattr(module, name)
