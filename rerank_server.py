@@ -767,8 +767,9 @@ _LENGTH_OR_ALL = Number(MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS, _NO_LIMIT)
 _FLOAT = Number(-sys.float_info.max, sys.float_info.max, kind=float)
 _SECONDS = Number(0.001, sys.float_info.max, kind=float)
 _BOOLEAN = Choice({"true": True, "false": False})
-# true is what clients send without being asked: it does not overrule an on_overflow.
-_MAY_CUT = Choice({"true": None, "false": ERROR})
+# true is what clients send without being asked: it does not overrule an on_overflow. END and NONE
+# are NVIDIA NIM's words.
+_MAY_CUT = Choice({"true": None, "false": ERROR, "end": None, "none": ERROR})
 _OVERFLOW = Choice({word: word for word in (TRUNCATE, ERROR, CHUNK)})
 _KEEP_END = Choice({"left": True, "right": False})
 FIELDS = (  # what each does is said in docs/openapi.py
@@ -790,7 +791,7 @@ FIELDS = (  # what each does is said in docs/openapi.py
     Field("max_tokens_per_doc", _LIMIT, "max_passage"),
     Field("max_chunks_per_doc", _LIMIT, "max_windows"),
     Field("overlap_tokens", Number(0, MAX_MAX_LENGTH_TOKENS), "overlap"),
-    Field("truncate", _MAY_CUT, "on_overflow", ("tei",)),
+    Field("truncate", _MAY_CUT, "on_overflow", ("tei", "nvidia")),
     Field("truncation", _MAY_CUT, "on_overflow", ("voyage",)),
     Field("on_overflow", _OVERFLOW, is_own=True),
     Field("truncation_direction", _KEEP_END, "keep_end", ("tei",)),

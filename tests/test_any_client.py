@@ -1,83 +1,403 @@
-"""Requests as real clients send them, and answers read as their parsers do: a key that a strict one does not know is a
-failure. Each table is one rule of the server; the clients are named in docs/clients.md.
+"""The requests of clients that speak no contract of the README's table, sent as they send them, and read as they read.
+
+Each case is one client's request, from its source or from a bug report of another server's users, and a small model of
+its parser: it takes the keys that the client takes and fails where the client would. The engine reads numbers
+(tests/test_contracts.py), so every one of these requests ranks TEXTS in the same order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
-from test_contracts import Served
-from test_http import sigmoid
+from test_contracts import HIGH, LONG, LOW, NOTHING_READ, Served
 
-QUERY, TEXTS = "q", ["1", "3", "2"]
-BEST_FIRST, SCORES = [1, 2, 0], [sigmoid(1), sigmoid(3), sigmoid(2)]
-DOCUMENTS = {"query": QUERY, "documents": TEXTS}
+TEXTS = ["-2", "3", "1"]
+BEST_FIRST = [1, 2, 0]
+KEY = "sesame"
+Parser = Callable[[Any], list[int]]  # an answer to the indices, best first
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    fixture = Served(api_key="sesame", cors_origins="https://app.example.com")
+    fixture = Served()
     yield fixture
     fixture.close()
 
 
-def post(served: Served, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Served]:
+    fixture = Served(api_key=KEY, cors_origins="https://notes.example")
+    with_key = {"Authorization": f"Bearer {KEY}"}
+    assert fixture.request("POST", "/rerank", json.dumps(QD).encode(), **with_key)[0] == 200, "it loads the model"
+    yield fixture
+    fixture.close()
+
+
+def post(served: Served, path: str, body: Any) -> tuple[int, Any, Any]:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return served.request("POST", path, raw, Authorization="Bearer sesame", **headers)
+    return served.request("POST", path, raw, **{"Content-Type": "application/json"})
 
 
-def ok(served: Served, path: str, body: Any) -> Any:
+def ask(served: Served, path: str, body: Any) -> Any:
     status, answer, _ = post(served, path, body)
     assert status == 200, answer
     return answer
 
 
-def refused(served: Served, body: Any, path: str = "/v1/rerank") -> str:
+def refusal(served: Served, path: str, body: Any) -> str:
+    """The message of a request that must be refused."""
     status, answer, _ = post(served, path, body)
     assert status == 400, answer
     return str(answer["message"])
 
 
-def order(results: list[dict[str, Any]]) -> list[int]:
-    return [result["index"] for result in results]
+# -- How clients read --------------------------------------------------------------------------------------------------
 
 
-# -- Where a request goes ----------------------------------------------------------------------------------------------
-
-RERANK_PATHS = ("//rerank", "/v1/rerank/", "/v1/v1/rerank", "/v1/v2/rerank", "/rerank/rerank", "/api/v1/rerank",
-                "/v3/rerank", "/api/rerank", "/v1/reranks", "/v1/reranking", "/v1/ranking", "/", "", "/v1//rerank//",
-                "/api/v1/services/rerank/text-rerank/text-rerank")  # fmt: skip
-
-
-@pytest.mark.parametrize("path", RERANK_PATHS)
-def test_the_last_segment_of_a_path_decides(served: Served, path: str) -> None:
-    assert order(ok(served, path or "/", DOCUMENTS)["results"]) == BEST_FIRST
+def only(item: dict[str, Any], *names: str) -> dict[str, Any]:
+    """An object for a parser that refuses any other key."""
+    assert item.keys() <= set(names), f"unknown key: {sorted(item.keys() - set(names))}"
+    return item
 
 
-@pytest.mark.parametrize("path", ["/score", "/v1/score", "/v1/score/", "/api/v1//score"])
-def test_score_likewise(served: Served, path: str) -> None:
-    answer = ok(served, path, {"queries": QUERY, "documents": TEXTS})
-    assert [item["score"] for item in answer["data"]] == SCORES
+def is_sorted(results: Sequence[dict[str, Any]], score: str) -> list[int]:
+    values = [float(item[score]) for item in results]
+    assert values == sorted(values, reverse=True)
+    return [item["index"] for item in results]
 
 
-@pytest.mark.parametrize("path", ["/health", "/healthz", "/livez", "/health/", "/v1/health", "/ready", "/readyz",
-                                  "/v1/health/ready", "/v1/health/live", "/.well-known/ready"])  # fmt: skip
+def in_input_order(scores: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda index: -scores[index])
+
+
+def jina(answer: Any) -> list[int]:
+    return is_sorted(answer["results"], "relevance_score")
+
+
+def elastic(answer: Any) -> list[int]:
+    """Elasticsearch's HuggingFaceRerankResponseEntity: a list, and no key that it does not know."""
+    return is_sorted([only(item, "index", "score", "text") for item in answer], "score")
+
+
+def elastic_with_texts(answer: Any) -> list[int]:
+    assert [item["text"] for item in answer] == [TEXTS[item["index"]] for item in answer]
+    return elastic(answer)
+
+
+def tei(answer: Any) -> list[int]:
+    return is_sorted(answer, "score")
+
+
+def xinference(answer: Any) -> list[int]:
+    """RAGFlow counts tokens of an Xinference: a missing one is its KeyError."""
+    tokens = answer["meta"]["tokens"]
+    assert tokens["input_tokens"] + tokens["output_tokens"] > 0
+    assert all(isinstance(item["document"]["text"], str) for item in answer["results"])
+    return jina(answer)
+
+
+def light_rag(answer: Any) -> list[int]:
+    """LightRAG before 1.4.7, and SGLang's clients; without `results` they keep the old ranking."""
+    return jina({"results": answer.get("results", [])})
+
+
+def voyage(answer: Any) -> list[int]:
+    assert answer["usage"]["total_tokens"] > 0
+    return is_sorted(answer["data"], "relevance_score")
+
+
+def vllm_score(answer: Any) -> list[int]:
+    assert [item["index"] for item in answer["data"]] == list(range(len(TEXTS)))
+    return in_input_order([item["score"] for item in answer["data"]])
+
+
+def nvidia(answer: Any) -> list[int]:
+    return is_sorted([only(item, "index", "logit") for item in only(answer, "rankings")["rankings"]], "logit")
+
+
+def weaviate(answer: Any) -> list[int]:
+    """reranker-transformers looks for `error` first, and trusts the order of `scores`."""
+    assert not answer.get("error")
+    assert [item["document"] for item in answer["scores"]] == TEXTS
+    return in_input_order([item["score"] for item in answer["scores"]])
+
+
+def khoj(answer: Any) -> list[int]:
+    return in_input_order(answer["scores"])
+
+
+def dash_scope(answer: Any) -> list[int]:
+    assert answer["usage"]["total_tokens"] > 0
+    assert answer["request_id"]
+    return jina(answer["output"])
+
+
+# -- What they send ----------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    name: str
+    path: str
+    body: Any
+    read: Parser = jina
+
+
+QD: dict[str, Any] = {"query": "q", "documents": TEXTS}
+FLAT = {"model": "m3", **QD, "top_n": 3}
+OBJECTS = [{"text": text} for text in TEXTS]
+PARTS = [{"content": [{"type": "text", "text": text}]} for text in TEXTS]
+PATHS = (
+    "//rerank", "/v1/rerank/", "/v1//rerank", "/v1/v1/rerank", "/v1/v2/rerank", "/rerank/rerank", "/api/v1/rerank",
+    "/api/rerank", "/v3/rerank", "/v1/reranks", "/compatible-api/v1/reranks", "/reranking", "/v1/reranking/", "/",
+)  # fmt: skip
+SCORE_PATHS = ("/v1/score/", "//score", "/v1/v1/score")
+VLLM_LIMITS = {"truncate_prompt_tokens": -1, "max_tokens_per_query": 0, "max_tokens_per_doc": 0}
+CASES = [
+    *(Case(f"Jina's body to {path}", path, FLAT) for path in PATHS),
+    *(Case(f"vLLM's body to {path}", path, {"text_1": "q", "text_2": TEXTS}, vllm_score) for path in SCORE_PATHS),
+    Case("DashScope, flat", "/api/v1/services/rerank/reranks", FLAT),
+    Case(
+        "DashScope text-rerank", "/api/v1/services/rerank/text-rerank/text-rerank",
+        {"model": "gte-rerank", "input": QD, "parameters": {"top_n": 3, "return_documents": True}}, dash_scope,
+    ),
+    Case("vLLM data_1, data_2", "/score", {"model": "m", "data_1": "q", "data_2": TEXTS}, vllm_score),
+    Case("vLLM text_1, text_2", "/v1/score", {"model": "m", "text_1": "q", "text_2": TEXTS}, vllm_score),
+    Case("vLLM queries, items", "/score", {"queries": "q", "items": TEXTS}, vllm_score),
+    Case("vLLM queries, documents", "/score", {"queries": ["q"] * 3, "documents": TEXTS}, vllm_score),
+    Case("rag_api docs and k", "/v1/rerank", {"query": "q", "docs": TEXTS, "k": 3}),
+    Case("objects with content", "/v1/rerank", {"query": "q", "documents": [{"content": text} for text in TEXTS]}),
+    Case("objects with page_content", "/v1/rerank", {"query": "q", "docs": [{"page_content": t} for t in TEXTS]}),
+    Case("objects with body", "/rerank", {"query": "q", "documents": [{"body": text, "id": 7} for text in TEXTS]}),
+    Case("a query that is an object", "/v1/rerank", {"query": {"text": "q"}, "documents": OBJECTS}),
+    Case("content parts", "/v1/rerank", {"query": {"content": [{"type": "text", "text": "q"}]}, "documents": PARTS}),
+    Case("a bare list of parts", "/v1/rerank", {"query": "q", "documents": [item["content"] for item in PARTS]}),
+    Case("a byte order mark", "/v1/rerank", b"\xef\xbb\xbf" + json.dumps(FLAT).encode()),
+    Case("half an emoji", "/v1/rerank", {"query": "q", "documents": ["-2 \ud83d", "3", "1"]}),
+    Case("numbers as strings", "/v1/rerank", {**QD, "top_n": "3", "max_tokens_per_doc": "400"}),
+    Case("vLLM's limits that are none", "/v1/rerank", {**QD, **VLLM_LIMITS}),
+    Case("limits that are null", "/v1/rerank", {**QD, **dict.fromkeys(VLLM_LIMITS), "top_n": None}),
+    Case(
+        "SiliconFlow", "/v1/rerank",
+        {**FLAT, "return_documents": False, "max_chunks_per_doc": 1024, "overlap_tokens": 8},
+    ),
+    Case("ids of any kind", "/v1/rerank", {
+        "query": "q", "documents": [{"id": x, "text": t} for x, t in zip([{"a": 1}, 2.5, None], TEXTS, strict=True)],
+    }),
+    Case(
+        "Elastic hugging_face", "/v1/rerank", {"texts": TEXTS, "query": "q", "return_text": True, "top_n": 3},
+        elastic_with_texts,
+    ),
+    Case("Elastic hugging_face to the bare URL", "/", {"texts": TEXTS, "query": "q"}, elastic),
+    Case(
+        "RAGFlow Xinference", "/v1/rerank",
+        {"model": "m", **QD, "return_documents": "true", "return_len": "true"}, xinference,
+    ),
+    Case("LightRAG, older", "/v1/rerank", {"model": "m", **QD, "top_k": 3, "return_documents": False}, light_rag),
+    Case("SGLang", "/v1/rerank", {"model": "m", **QD, "top_k": 3, "rid": "r", "return_documents": True}, light_rag),
+    Case("Voyage", "/v1/rerank", {"model": "m", **QD, "top_k": 3, "truncation": True}, voyage),
+    Case(
+        "NVIDIA NIM", "/v1/ranking",
+        {"model": "m", "query": {"text": "q"}, "passages": OBJECTS, "truncate": "END"}, nvidia,
+    ),
+    Case("RAGFlow NVIDIA", "/v1/reranking", {
+        "model": "m", "query": {"text": "q"}, "passages": OBJECTS, "truncate": "END", "top_n": 3,
+    }, nvidia),
+    Case("Weaviate", "/rerank", {"query": "q", "documents": TEXTS, "property": "title"}, weaviate),
+    Case("huggingface.js", "/", {"inputs": {"query": "q", "texts": TEXTS}}, tei),
+    Case("khoj", "/", {"inputs": {"query": "q", "passages": TEXTS}}, khoj),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_clients_request_is_understood_and_its_parser_reads_the_answer(served: Served, case: Case) -> None:
+    assert case.read(ask(served, case.path, case.body)) == BEST_FIRST
+
+
+# -- Paths -------------------------------------------------------------------------------------------------------------
+
+PROBES = (
+    "/health", "/healthz", "/livez", "/live", "/ready", "/readyz", "/v1/health/ready", "/v1/health/live",
+    "/.well-known/ready", "/.well-known/live", "//health", "/health/",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_probes_need_no_key(served: Served, path: str, method: str) -> None:
-    ok(served, "/rerank", DOCUMENTS)  # the model is loaded
-    assert served.request(method, path)[0] == 200
+@pytest.mark.parametrize("path", PROBES)
+def test_a_probe_needs_no_key(locked: Served, method: str, path: str) -> None:
+    assert post(locked, "/rerank", QD)[0] == 401
+    status, answer, _ = locked.request(method, path)
+    assert status == 200, answer
+    if method == "GET":
+        assert isinstance(answer["status"], str)
 
 
-NAMES = ("fake-m3", "m3", "my/own-name", "BAAI/bge-reranker-v2-m3", "BAAI%2Fbge-reranker-v2-m3")
+@pytest.mark.parametrize("path", ["/v1/models/m3", "/v1/models/fake-m3", "/v1/models/BAAI/bge-reranker-v2-m3",
+                                  "/v1/models/BAAI%2Fbge-reranker-v2-m3", "/v1/v1/models/m3/",
+                                  "/v1/models/a-name-of-ones-own"])  # fmt: skip
+def test_a_model_is_found_by_its_name(served: Served, path: str) -> None:
+    """Dify's Xinference reads model_type, and refuses what is no reranker."""
+    status, answer, _ = served.request("GET", path)
+    assert (status, answer["model_type"]) == (200, "rerank")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_is_asked_for_by_name(served: Served, name: str) -> None:
-    status, answer, _ = served.request("GET", f"/v1/models/{name}", Authorization="Bearer sesame")
-    assert (status, answer["id"], answer["model_type"]) == (200, name.replace("%2F", "/"), "rerank")
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/cluster/auth", "/v1/embeddings"])
+def test_an_unknown_path_is_told_the_base_url_in_one_line(served: Served, path: str) -> None:
+    for method in ("GET", "POST"):
+        status, answer, _ = served.request(method, path, b"{}" if method == "POST" else None)
+        assert status == 404
+        assert f"http://127.0.0.1:{served.port}/v1" in answer["message"]
+        assert len(answer["message"].splitlines()) == 1
+        assert len(answer["message"]) < 160
+
+
+def test_a_preflight_for_a_private_network_is_answered_for_allowed_origins_only(locked: Served) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    for origin, expected in (("https://notes.example", "true"), ("https://other.example", None)):
+        _, _, headers = locked.request("OPTIONS", "/v1/rerank", None, Origin=origin, **asked)
+        assert headers["Access-Control-Allow-Private-Network"] == expected
+        assert headers["Access-Control-Allow-Origin"] == (origin if expected else None)
+
+
+# -- Bodies ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("body", "named", "would_do"), [
+    ({"query": "q"}, "passages", ("documents", "docs", "texts", "items", "data_2", "text_2")),
+    ({"documents": TEXTS}, "query", ("queries", "data_1", "text_1")),
+    ({"input": {"query": "q", "parameters": {}}}, "documents", ("docs", "texts", "passages")),
+])  # fmt: skip
+def test_a_missing_key_is_named_with_those_that_would_do(
+    served: Served, body: Any, named: str, would_do: Sequence[str]
+) -> None:
+    message = refusal(served, "/rerank", body)
+    assert f"'{named}' is missing" in message
+    assert all(name in message for name in would_do)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+WITH_IMAGE = [{"content": [{"type": "text", "text": "3"}, IMAGE]}]
+
+
+def test_an_image_is_refused_with_its_index(served: Served) -> None:
+    assert "documents[1].content[1]" in refusal(served, "/v1/rerank", {"query": "q", "documents": ["1", *WITH_IMAGE]})
+    assert "documents[0][0]" in refusal(served, "/v1/rerank", {"query": "q", "documents": [[IMAGE]]})
+
+
+def test_the_texts_of_content_parts_are_joined(served: Served) -> None:
+    parts = [{"content": [{"type": "text", "text": "1"}, {"type": "text", "text": "3"}]}]
+    body = {"query": "q", "documents": parts, "return_documents": True}
+    (result,) = ask(served, "/v1/rerank", body)["results"]
+    assert (result["relevance_score"], result["document"]["text"]) == (HIGH, "1\n3")
+
+
+HALF: dict[str, Any] = {"query": "q", "documents": ["-2", "\ud83d 3", "1"], "return_documents": True}
+
+
+def test_half_a_character_is_replaced_counted_and_told(served: Served) -> None:
+    counted = served.server.application.metrics.replaced_passages.labels("m3")
+    before = counted._value.get()
+    status, answer, headers = post(served, "/v1/rerank", HALF)
+    assert (status, headers["X-Rerank-Replaced"]) == (200, "1")
+    assert [(item["index"], item.get("replaced", False)) for item in answer["results"]] == [
+        (1, True), (2, False), (0, False)]  # fmt: skip
+    assert answer["results"][0]["document"] == {"text": "\ufffd 3"}
+    assert counted._value.get() == before + 1
+    status, scores, headers = post(served, "/rerank", {"query": "q", "passages": HALF["documents"][:2]})
+    assert (status, scores, headers["X-Rerank-Replaced"]) == (200, [LOW, HIGH], "1")
+
+
+def best(served: Served, texts: Sequence[str], query: str = "q", /, **fields: Any) -> list[float]:
+    """Logits in input order: the largest number that was read of each passage."""
+    body = {"query": query, "documents": list(texts), "raw_scores": True, **fields}
+    results = ask(served, "/v1/rerank", body)["results"]
+    return [item["relevance_score"] for item in sorted(results, key=lambda item: item["index"])]
+
+
+def test_limits_do_what_they_say(served: Served) -> None:
+    """In LONG the best number stands last, behind what one pair can hold."""
+    middle = "1 " * 35 + "5"
+    long_query = "word " * 45
+    assert best(served, [LONG]) == [1]
+    assert best(served, [LONG], truncation_side="left") == [5]
+    assert best(served, [middle]) == [5]
+    assert best(served, [middle], truncate_prompt_tokens=32) == [1]
+    assert best(served, [middle], long_query) == [1]
+    assert best(served, [middle], long_query, max_tokens_per_query=2) == [5]
+    assert best(served, [middle], max_tokens_per_doc="30") == [1]
+    assert best(served, [LONG], max_chunks_per_doc=1) == [1]
+    assert best(served, [LONG], max_chunks_per_doc=2) == [5]
+    assert best(served, ["", "2"], **VLLM_LIMITS) == [NOTHING_READ, 2]
+
+
+@pytest.mark.parametrize("none", [0, -1, None, "0", "-1"])
+def test_no_limit_is_no_limit(served: Served, none: Any) -> None:
+    names = ("truncate_prompt_tokens", "max_tokens_per_query", "max_tokens_per_doc")
+    assert best(served, [LONG, "7"], **dict.fromkeys(names, none)) == [1, 7]
+
+
+def test_overlapping_chunks_read_more_tokens(served: Served) -> None:
+    def n_tokens(**fields: Any) -> int:
+        answer = ask(served, "/v1/rerank", {"query": "q", "documents": [LONG * 4], **fields})
+        return int(answer["meta"]["tokens"]["input_tokens"])
+
+    whole = n_tokens(max_chunks_per_doc=50, overlap_tokens=0)
+    assert whole > n_tokens(max_chunks_per_doc=2, overlap_tokens=0) > n_tokens()
+    assert n_tokens(max_chunks_per_doc=50, overlap_tokens=20) > whole
+
+
+@pytest.mark.parametrize("field", ["truncate_prompt_tokens", "truncation_side", "max_tokens_per_query",
+                                   "max_chunks_per_doc", "overlap_tokens", "top_n"])  # fmt: skip
+def test_a_limit_that_makes_no_sense_is_refused_by_name(served: Served, field: str) -> None:
+    assert f"'{field}'" in refusal(served, "/v1/rerank", {**QD, field: "middle"})
+
+
+def test_a_top_n_of_0_is_refused(served: Served) -> None:
+    assert "'top_n' must be at least 1" in refusal(served, "/v1/rerank", {**QD, "top_n": 0})
+
+
+@pytest.mark.parametrize(("truncate", "status"), [("END", 200), (None, 200), ("NONE", 400)])
+def test_nims_truncate_is_heard(served: Served, truncate: str | None, status: int) -> None:
+    body = {"query": {"text": "q"}, "passages": [{"text": LONG}], "truncate": truncate}
+    got, answer, _ = post(served, "/v1/ranking", body)
+    assert got == status, answer
+    if status == 400:
+        assert "passages[0]" in answer["message"]
+
+
+# -- Answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_elastic_is_told_nothing_that_it_refuses_whatever_happened(served: Served) -> None:
+    body = {"query": "q", "texts": [LONG, "3 \ud83d"], "return_text": True, "top_n": 2}
+    status, answer, headers = post(served, "/", body)
+    assert (status, elastic(answer)) == (200, [1, 0])
+    assert (headers["X-Rerank-Truncated"], headers["X-Rerank-Replaced"]) == ("0", "1")
+    (asked, _) = ask(served, "/", {**body, "on_overflow": "truncate"})
+    assert asked["replaced"], "a field of this server's own: the client reads more"
+
+
+def test_voyages_answer_has_what_light_rag_reads(served: Served) -> None:
+    answer = ask(served, "/v1/rerank", {**QD, "top_k": 2, "return_documents": True})
+    assert light_rag(answer) == voyage(answer) == BEST_FIRST[:2]
+    assert [item["document"] for item in answer["data"]] == ["3", "1"]
+    assert [item["document"]["text"] for item in answer["results"]] == ["3", "1"]
+
+
+def test_objects_get_their_other_fields_back(served: Served) -> None:
+    documents = [{"id": {"a": [1]}, "text": "1", "title": "x"}, {"id": 2.5, "text": "3", "page": 4}, {"text": "2"}]
+    body = {"query": "q", "documents": documents, "return_documents": True}
+    results = ask(served, "/v1/rerank", body)["results"]
+    assert [item["document"] for item in results] == [documents[1], documents[2], documents[0]]
+    assert [item.get("id") for item in results] == [2.5, None, {"a": [1]}]
+
+
+@pytest.mark.parametrize("wrong", [{"documents": [5]}, {"query": None}])
+def test_weaviate_reads_a_refusal(served: Served, wrong: dict[str, Any]) -> None:
+    status, answer, _ = post(served, "/rerank", {"query": "q", "documents": ["1"], "property": "title", **wrong})
+    assert (status, type(answer["error"])) == (400, str)
 
 
 def test_a_strict_server_knows_no_model_of_another_name() -> None:
@@ -87,219 +407,8 @@ def test_a_strict_server_knows_no_model_of_another_name() -> None:
     fixture.close()
 
 
-def test_an_unknown_path_is_told_the_base_url_in_a_line(served: Served) -> None:
-    status, answer, _ = post(served, "/v1/embeddings", DOCUMENTS)
-    assert status == 404
-    assert f"http://127.0.0.1:{served.port}/v1" in answer["message"]
-    assert len(answer["message"]) < 160
-
-
-# -- What a body means -------------------------------------------------------------------------------------------------
-
-BODIES: dict[str, dict[str, Any]] = {
-    "Dify, rag_api: docs and k": {"query": QUERY, "docs": TEXTS, "k": 3},
-    "items": {"query": QUERY, "items": TEXTS},
-    "data_1 and data_2": {"data_1": QUERY, "data_2": TEXTS},
-    "text_1 and text_2": {"text_1": QUERY, "text_2": TEXTS},
-    "a query that is an object": {"query": {"text": QUERY}, "documents": TEXTS},
-    "text": {"query": QUERY, "documents": [{"text": text} for text in TEXTS]},
-    "content": {"query": QUERY, "documents": [{"content": text} for text in TEXTS]},
-    "LangChain": {"query": QUERY, "documents": [{"page_content": text, "metadata": {}} for text in TEXTS]},
-    "body": {"query": QUERY, "documents": [{"body": text} for text in TEXTS]},
-    "content parts": {"query": [{"type": "text", "text": QUERY}],
-                      "documents": [[{"type": "text", "text": text}] for text in TEXTS]},
-    "llama.cpp, Xinference, Dify vision": {
-        "query": {"text": QUERY}, "documents": [{"content": [{"type": "text", "text": text}]} for text in TEXTS]},
-    "RAGFlow, Xinference: strings for booleans": {
-        **DOCUMENTS, "model": "m", "return_documents": "true", "return_len": "true"},
-    "numbers that are strings": {**DOCUMENTS, "top_n": "3", "max_tokens_per_doc": "100"},
-    "vLLM: no limits": {**DOCUMENTS, "truncate_prompt_tokens": -1, "max_tokens_per_query": 0, "max_tokens_per_doc": 0,
-                        "truncation_side": "right"},
-    "limits that are null": {**DOCUMENTS, "truncate_prompt_tokens": None, "max_tokens_per_query": None},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BODIES)
-def test_texts_and_a_query_whatever_they_are_called(served: Served, name: str) -> None:
-    answer = ok(served, "/v1/rerank", BODIES[name])
-    assert order(answer["results"]) == BEST_FIRST
-    assert [result["relevance_score"] for result in answer["results"]] == [SCORES[index] for index in BEST_FIRST]
-
-
-def test_parts_of_a_document_are_joined_and_a_picture_is_refused_with_its_place(served: Served) -> None:
-    parts = [{"type": "text", "text": "1"}, {"type": "text", "text": "3"}]
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-    answer = ok(served, "/v1/rerank", {"query": QUERY, "documents": [parts, "2"], "return_documents": True})
-    assert order(answer["results"]) == [0, 1]
-    assert answer["results"][0]["document"]["text"] == "1\n3"
-    for documents, place in ([parts, [parts[0], picture]], "documents[1][1]"), ([{"content": [picture]}], "[0]"):
-        assert place in refused(served, {"query": QUERY, "documents": documents})
-
-
-@pytest.mark.parametrize(("body", "named"), [({"query": "q"}, ("documents", "texts", "passages", "docs")),
-                                             ({"documents": []}, ("query", "text_1", "data_1"))])  # fmt: skip
-def test_a_missing_key_is_answered_with_those_that_would_do(
-    served: Served, body: dict[str, Any], named: tuple[str, ...]
-) -> None:
-    message = refused(served, body)
-    assert all(name in message for name in named), message
-
-
-def test_a_byte_order_mark_is_skipped(served: Served) -> None:
-    """PowerShell and Windows' editors write one."""
-    assert order(ok(served, "/rerank", b"\xef\xbb\xbf" + json.dumps(DOCUMENTS).encode())["results"]) == BEST_FIRST
-
-
-def test_half_a_character_costs_nobody_the_list(served: Served) -> None:
-    """OpenClaw and qmd cut passages in the middle of an emoji."""
-    body = {"query": "q \ud83d", "documents": ["1", "3 \ud83d", "2"], "return_documents": True}
-    status, answer, headers = post(served, "/v1/rerank", body)
-    assert (status, headers["X-Rerank-Replaced"]) == (200, "1")
-    assert order(answer["results"]) == BEST_FIRST
-    assert [result.get("replaced") for result in answer["results"]] == [True, None, None]
-    assert answer["results"][0]["document"]["text"] == "3 \ufffd"
-    status, answer, headers = post(served, "/rerank", {"query": "q", "passages": ["\udc00 1", "3"]})
-    assert (status, answer, headers["X-Rerank-Replaced"]) == (200, [SCORES[0], SCORES[1]], "0")
-
-
-def test_limits_do_what_they_say(served: Served) -> None:
-    def best(text: str, **fields: Any) -> float:
-        body = {"query": QUERY, "documents": [text], "raw_scores": True, **fields}
-        return float(ok(served, "/v1/rerank", body)["results"][0]["relevance_score"])
-
-    long = "1 " * 300 + "5"
-    assert (best(long), best(long, truncation_side="left")) == (1, 5)
-    assert best(long, max_chunks_per_doc=100) == 5
-    assert best(long, max_chunks_per_doc=1) == 1
-    assert best(long, max_chunks_per_doc=100, overlap_tokens=5) == 5
-    assert best("1 1 1 7", max_tokens_per_doc=3) == 1
-    assert best("1 " * 28 + "7", truncate_prompt_tokens=32) == 1
-    long_query = {"query": "w " * 40, "documents": ["1 " * 40 + "7"], "raw_scores": True}
-    for limit, expected in ((None, 1), (5, 7)):  # a shorter query leaves the passage more room
-        answer = ok(served, "/v1/rerank", {**long_query, "max_tokens_per_query": limit})
-        assert answer["results"][0]["relevance_score"] == expected
-
-
-@pytest.mark.parametrize("fields", [{"top_n": 0}, {"top_k": 0}, {"truncate_prompt_tokens": 5},
-                                    {"truncation_side": "up"}, {"max_tokens_per_query": "few"},
-                                    {"max_chunks_per_doc": "x"},
-                                    {"overlap_tokens": -1}, {"max_tokens_per_doc": -2}], ids=str)  # fmt: skip
-def test_what_cannot_be_done_is_refused_and_named(served: Served, fields: dict[str, Any]) -> None:
-    assert f"'{next(iter(fields))}'" in refused(served, {**DOCUMENTS, **fields})
-
-
-# -- What an answer holds: small models of the clients' own parsers ----------------------------------------------------
-
-
-def elastic(answer: Any) -> list[int]:
-    """HuggingFaceRerankResponseEntity: any other key is an error."""
-    assert all(item.keys() <= {"index", "score", "text"} for item in answer)
-    return order(answer)
-
-
-def ragflow_xinference(answer: Any) -> list[int]:
-    assert answer["meta"]["tokens"]["input_tokens"] > 0
-    assert answer["meta"]["tokens"]["output_tokens"] == 0
-    return order(answer["results"])
-
-
-def lightrag(answer: Any) -> list[int]:
-    return [item["index"] for item in answer["results"] if item["relevance_score"] > 0]
-
-
-def voyage(answer: Any) -> list[int]:
-    assert all(isinstance(item.get("document", ""), str) for item in answer["data"])
-    assert answer["usage"]["total_tokens"] > 0
-    return order(answer["data"])
-
-
-def nvidia(answer: Any) -> list[int]:
-    assert answer.keys() == {"rankings"}
-    assert all(item.keys() == {"index", "logit"} for item in answer["rankings"])
-    assert [item["logit"] for item in answer["rankings"]] == [3, 2, 1]
-    return order(answer["rankings"])
-
-
-def by_score(scores: list[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda index: -scores[index])
-
-
-def weaviate(answer: Any) -> list[int]:
-    assert [item["document"] for item in answer["scores"]] == TEXTS
-    return by_score([item["score"] for item in answer["scores"]])
-
-
-def khoj(answer: Any) -> list[int]:
-    return by_score(answer["scores"])
-
-
-def dashscope(answer: Any) -> list[int]:
-    assert isinstance(answer["request_id"], str)
-    return order(answer["output"]["results"])
-
-
-OBJECTS = [{"text": text} for text in TEXTS]
-CLIENTS: dict[str, tuple[str, dict[str, Any], Callable[[Any], list[int]]]] = {
-    "Elastic inference": ("/", {"query": QUERY, "texts": TEXTS, "return_text": True, "top_n": 3}, elastic),
-    "huggingface.js": ("/", {"inputs": {"query": QUERY, "texts": TEXTS}}, elastic),
-    "RAGFlow, Xinference": ("/v1/rerank", {**DOCUMENTS, "return_documents": "true", "return_len": "true"},
-                            ragflow_xinference),
-    "RAGFlow, SiliconFlow": ("/v1/rerank", {**DOCUMENTS, "return_documents": False, "max_chunks_per_doc": 1024,
-                                            "overlap_tokens": 80}, ragflow_xinference),
-    "LightRAG": ("/rerank", {**DOCUMENTS, "model": "m", "top_k": 3, "return_documents": True}, lightrag),
-    "SGLang": ("/v1/rerank", {**DOCUMENTS, "top_k": 3, "rid": "7"}, lightrag),
-    "Voyage": ("/v1/rerank", {**DOCUMENTS, "model": "rerank-2", "top_k": 3, "truncation": True,
-                              "return_documents": True}, voyage),
-    "langchain-nvidia": ("/v1/ranking", {"model": "m", "query": {"text": QUERY}, "passages": OBJECTS,
-                                         "truncate": "END"}, nvidia),
-    "RAGFlow, NVIDIA": ("/reranking", {"model": "m", "query": {"text": QUERY}, "passages": OBJECTS, "truncate": "END",
-                                       "top_n": 3}, nvidia),
-    "Weaviate": ("/rerank", {**DOCUMENTS, "property": "text"}, weaviate),
-    "khoj": ("/", {"inputs": {"query": QUERY, "passages": OBJECTS}}, khoj),
-    "DashScope": ("/api/v1/services/rerank/text-rerank/text-rerank",
-                  {"model": "m", "input": DOCUMENTS, "parameters": {"top_n": 3, "return_documents": True}}, dashscope),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CLIENTS)
-def test_a_client_reads_the_ranking(served: Served, name: str) -> None:
-    path, body, read = CLIENTS[name]
-    assert read(ok(served, path, body)) == BEST_FIRST
-
-
-def test_a_strict_client_gets_more_only_when_it_asks_in_this_servers_words(served: Served) -> None:
-    body = {"query": QUERY, "texts": ["1", "3 " * 100, "2"]}
-    assert all(item.keys() == {"index", "score"} for item in ok(served, "/rerank", body))
-    more = ok(served, "/rerank", {**body, "on_overflow": "truncate"})
-    assert more[0]["model"] == "fake-m3"
-    assert more[0]["truncated"] is True
-
-
-@pytest.mark.parametrize("body", [{"query": QUERY, "texts": [3]}, {"query": QUERY, "documents": [3], "property": "t"}])
-def test_teis_and_weaviates_clients_read_an_error_as_a_string(served: Served, body: dict[str, Any]) -> None:
-    status, answer, _ = post(served, "/rerank", body)
-    assert (status, type(answer["error"])) == (400, str)
-
-
-def test_documents_come_back_with_their_other_fields(served: Served) -> None:
-    documents = [{"text": "1", "title": "one", "meta": {"page": 4}}, {"content": "3", "url": "u"}, "2"]
-    answer = ok(served, "/v1/rerank", {"query": QUERY, "documents": documents, "return_documents": True})
-    shown = {result["index"]: result["document"] for result in answer["results"]}
-    assert shown == {0: documents[0], 1: {"content": "3", "url": "u", "text": "3"}, 2: {"text": "2"}}
-
-
 @pytest.mark.parametrize("id", ["a", 7, 1.5, True, None, ["a"], {"a": 1}], ids=repr)
 def test_an_id_of_any_kind_does_no_harm(served: Served, id: Any) -> None:
-    documents = [{"text": "1", "id": id}, {"text": "3", "id": "b"}]
-    answer = ok(served, "/v1/rerank", {"query": QUERY, "documents": documents})
-    assert [result.get("id") for result in answer["results"]] == ["b", id]
-
-
-@pytest.mark.parametrize(("origin", "allowed"), [("https://app.example.com", "true"), ("https://other.example", None)])
-def test_a_page_may_reach_into_a_private_network_only_from_an_allowed_origin(
-    served: Served, origin: str, allowed: str | None
-) -> None:
-    headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
-               "Access-Control-Request-Private-Network": "true"}  # fmt: skip
-    status, _, answer = served.request("OPTIONS", "/v1/rerank", None, **headers)
-    assert (status, answer["Access-Control-Allow-Private-Network"]) == (204, allowed)
+    body = {"query": "q", "documents": [{"text": "1", "id": id}, {"text": "3", "id": "b"}]}
+    status, answer, _ = served.request("POST", "/v1/rerank", json.dumps(body).encode())
+    assert (status, [result.get("id") for result in answer["results"]]) == (200, ["b", id])

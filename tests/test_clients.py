@@ -6,6 +6,7 @@ correctness is the matter of tests/test_parity.py. Scored pairs are remembered, 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,15 @@ DOCUMENTS = [
 KEY = "sesame"
 
 
+APART = {  # package -> its name on PyPI; they cannot live with the others' versions, or bring very much along
+    "litellm": "litellm", "langchain_cohere": "langchain-cohere", "lightrag": "lightrag-hku",
+    "langchain_nvidia_ai_endpoints": "langchain-nvidia-ai-endpoints",
+}  # fmt: skip
+
+
 def needs_client(name: str) -> Any:
-    apart = name.partition(".")[0] in ("litellm", "langchain_cohere")  # cannot live with the others' versions
-    return needs_module(name, f"pip install {name.replace('_', '-')}" if apart else "make clients")
+    package = name.partition(".")[0]
+    return needs_module(name, f"pip install {APART[package]}" if package in APART else "make clients")
 
 
 class Ask(NamedTuple):
@@ -131,6 +138,18 @@ def litellm_of(provider: str) -> Callable[[Ask], Ranked]:
     return rank
 
 
+def light_rag_of(function: str, route: str) -> Callable[[Ask], Ranked]:
+    def rank(ask: Ask) -> Ranked:
+        reranker = getattr(needs_client("lightrag.rerank"), function)
+        answer = asyncio.run(reranker(
+            query=ask.query, documents=list(ask.documents), top_n=ask.top_n, api_key=ask.key, model=ask.model,
+            base_url=f"{ask.url}{route}",
+        ))  # fmt: skip
+        return [(result["index"], result["relevance_score"]) for result in answer]
+
+    return rank
+
+
 class Client(NamedTuple):
     """errors: the exception's type, by name, for each status that this client can get. says_why: it carries the message
     of the server. has_model: a request can name one. bad: what the client sends although it is wrong."""
@@ -164,6 +183,10 @@ CLIENTS = [
     Client("litellm vllm", litellm_of("hosted_vllm"), LITELLM, bad="top_n"),
     Client("litellm TEI", litellm_of("huggingface"), {400: "BadRequestError", 401: "AuthenticationError"},
            has_model=False, bad="top_n"),
+    # LightRAG tries a refused request twice more, for 12 seconds: what it raises is not looked at.
+    Client("LightRAG cohere", light_rag_of("cohere_rerank", "/v1/rerank"), {}),
+    Client("LightRAG jina", light_rag_of("jina_rerank", "/v1/rerank"), {}),
+    Client("LightRAG aliyun", light_rag_of("ali_rerank", "/api/v1/services/rerank/text-rerank/text-rerank"), {}),
 ]  # fmt: skip
 
 
@@ -263,6 +286,26 @@ def test_fields_of_this_server_reach_it_through_the_clients(tiny_server: ServerP
     assert "gemma" in results[0]["model"]
 
 
+def test_langchain_nvidia_ranks_by_the_logits(tiny_server: ServerProcess, locked: str) -> None:
+    """A NIM's clients get logits and no error for their names; a refusal is theirs."""
+    nvidia = needs_client("langchain_nvidia_ai_endpoints")
+    documents = needs_client("langchain_core.documents")
+    texts = [text for text in DOCUMENTS if text]
+
+    def rank(url: str, key: str, **given: Any) -> list[tuple[str, float]]:
+        ranker = nvidia.NVIDIARerank(base_url=f"{url}/v1", api_key=key, **given)
+        found = ranker.compress_documents([documents.Document(page_content=text) for text in texts], QUERY)
+        return [(found.page_content, found.metadata["relevance_score"]) for found in found]
+
+    for name in ("m3", "gemma"):
+        expected = [DOCUMENTS[index] for index, _ in native(tiny_server, use_llm=name == "gemma") if DOCUMENTS[index]]
+        ranked = rank(tiny_server.url, "any", model=name, top_n=3, truncate="END")
+        assert [text for text, _ in ranked] == expected[:3]
+        assert [score for _, score in ranked] == sorted((score for _, score in ranked), reverse=True)
+    with pytest.raises(Exception, match="Authorization"):
+        rank(locked, "wrong", model="m3")
+
+
 # -- The table of docs/clients.md --------------------------------------------------------------------------------------
 
 HERE = "http://127.0.0.1:8000"
@@ -275,7 +318,8 @@ MODULES = {  # name in the lines of that table -> module that has it
     "HuggingFaceTEIRanker": "haystack_integrations.components.rankers.huggingface_api",
     "Client": "infinity_client", "RerankInput": "infinity_client.models",
     "rerank": "infinity_client.api.default.rerank",
-    "nodes": "llama_index.core.schema", "docs": "haystack",
+    "NVIDIARerank": "langchain_nvidia_ai_endpoints", "asyncio": "asyncio", "cohere_rerank": "lightrag.rerank",
+    "nodes": "llama_index.core.schema", "docs": "haystack", "pages": "langchain_core.documents",
 }  # fmt: skip
 
 
@@ -283,6 +327,8 @@ def value_of(name: str) -> Any:
     module = needs_client(MODULES[name])
     if name == "nodes":
         return [module.NodeWithScore(node=module.TextNode(text=text)) for text in DOCUMENTS]
+    if name == "pages":
+        return [module.Document(page_content=text) for text in DOCUMENTS if text]
     if name == "docs":
         return [module.Document(content=text) for text in DOCUMENTS]
     return module if MODULES[name].endswith(name) else getattr(module, name)
