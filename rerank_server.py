@@ -476,6 +476,7 @@ ENDPOINTS = {
 }
 
 
+@functools.lru_cache(256)
 def endpoint_of(method: str, path: str) -> str | None:
     """The NAME in /v1/models/NAME may hold slashes."""
     segments = segments_of(path)
@@ -3917,6 +3918,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         self.server.bodies.give_back(self._n_counted)
         self.command, self.path, self.request_version = "", "", "HTTP/1.1"
         self.headers, self.wfile = http.client.HTTPMessage(), io.BytesIO()
+        self._joined: dict[str, list[str]] = {}  # headers by their names in lower case
         self._call, self._body, self._n_counted = call, b"", 0
         self._length: int | None = None  # of the body in bytes; None: not given
         self._is_chunked = False
@@ -4034,6 +4036,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             raise HttpError(f"HTTP/{major}.{minor} is not spoken here; HTTP/1.1 is", 505)
         self.request_version = f"HTTP/1.{minor}"
         self.headers = self._fields()
+        for name, value in self.headers.items():  # repeated ones are joined: RFC 9110, 5.3
+            self._joined.setdefault(name.lower(), []).append(value)
         is_missing = "host" not in self.headers and minor != "0"
         if is_missing or not _HOST.fullmatch(self._field("host")):
             raise HttpError("a request needs one Host header, with a host in it")
@@ -4088,8 +4092,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return fields
 
     def _field(self, name: str) -> str:
-        """Empty where there is none; repeated ones are joined by commas: RFC 9110, 5.3."""
-        return ", ".join(self.headers.get_all(name, []))
+        """Empty where there is none. name: in lower case."""
+        return ", ".join(self._joined.get(name, ()))
 
     def _line(self, limit: int, status: int = 400) -> bytes:
         """One line of at most limit bytes, without its CRLF. Some servers take a bare LF or CR for
@@ -4255,8 +4259,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
     def _request_id(self) -> str:
         """The client's, if it is printable and short."""
         if not re.fullmatch(r"[\x21-\x7e]{1,128}", self._field("x-request-id")):
-            del self.headers["x-request-id"]
-            self.headers["x-request-id"] = uuid.uuid4().hex
+            self._joined["x-request-id"] = [uuid.uuid4().hex]
         return self._field("x-request-id")
 
     def _milliseconds(self) -> dict[str, float]:
