@@ -39,7 +39,7 @@ import hmac
 import http
 import http.client
 import http.server
-import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -2068,8 +2068,13 @@ def llama() -> Any:
     return library
 
 
+@functools.cache
 def llama_version() -> str:
-    return importlib.metadata.version("llama_cpp_python")
+    """From its source: importing it would load llama.cpp, and an image may have no metadata."""
+    spec = importlib.util.find_spec("llama_cpp")
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    found = re.search(r'__version__ = "([^"]+)"', source)
+    return found[1] if found else "unknown"
 
 
 def _native(name: str, result: Any, *arguments: Any) -> Any:

@@ -10,6 +10,7 @@ candidates, and any number of them are compared in one table:
                             given; what stands after a ? goes into the body: http://HOST:PORT/v2/rerank?use_llm=true;
                             a key in the environment variable RERANK_API_KEY goes along as a bearer token
     int8:SYSTEM             a file or a role with the int8 engine (`make accel`); bf16:SYSTEM in bfloat16
+    cascade-20:SYSTEM       mini for all candidates, then SYSTEM for its best 20, which rank before the rest
     NAME=SYSTEM             any of these, with a name of its own in the table
 
 Without a SYSTEM: the mini model in F16, Q8_0 and Q5_0, made in build/quality. The candidates are --run (TREC's format,
@@ -221,6 +222,11 @@ def find_system(word: str, settings: rerank_server.Settings, llm_top_n: int) -> 
     if what in ("mini", "m3", "gemma", "two-stage"):
         return _role(name, what, settings, llm_top_n)
     mode, _, rest = what.partition(":")
+    if mode.startswith("cascade-") and mode[8:].isdigit():
+        first, second = find_system("mini", settings, llm_top_n), find_system(rest, settings, llm_top_n)
+        count = int(mode[8:])
+        return System(name or f"{second.name}, cascade {count}",
+                      lambda: TwoStageScorer(first.open(), second.open(), count))  # fmt: skip
     if mode in ACCEL_MODES:
         changes = ACCEL_MODES[mode]
         inner = find_system(rest, dataclasses.replace(settings, **changes), llm_top_n)
