@@ -541,7 +541,7 @@ def test_connections_beyond_the_bound_are_told_so_and_closed() -> None:
     busy = [Wire(fixture.port) for _ in range(4)]
     for wire in busy:
         wire.send(GOOD[:-1])  # at work: each has begun a request
-    wait_for(lambda: fixture.server._open == 4 and not fixture.server._idle)
+    wait_for(lambda: fixture.server._open == 4 and fixture.server.bodies._taken >= 4 and not fixture.server._idle)
     for _ in range(100):
         late = Wire(fixture.port)
         late.send(HEALTH)
@@ -561,8 +561,10 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
     fixture = Running(max_connections=4)
     idle = [Wire(fixture.port) for _ in range(4)]
     for wire in idle:
+        wait_for(lambda: len(fixture.server._idle) == 4)
         wire.send(HEALTH)
         assert wire.answer().status == 200
+    wait_for(lambda: len(fixture.server._idle) == 4)
     assert is_alive(fixture)
     assert idle[0].ends(), "the one that was idle for longest"
     idle[3].send(HEALTH)
