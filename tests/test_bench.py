@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import subprocess
 import sys
 import time
 from pathlib import Path
