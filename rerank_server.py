@@ -2179,10 +2179,12 @@ class LlamaModel:
     """Owns one llama_model and one llama_context, and frees each once. One thread's, but for vocab
     and piece."""
 
-    def __init__(self, gguf: GgufFile, settings: Settings, is_alone: bool) -> None:
+    def __init__(
+        self, gguf: GgufFile, description: ModelDescription, settings: Settings, is_alone: bool
+    ) -> None:
         """Loads the weights, memory-mapped. Raises ModelError."""
         self._natives, self._api = contextlib.ExitStack(), llama()
-        self.gguf, self.description, self.is_alone = gguf, describe(gguf), is_alone
+        self.gguf, self.description, self.is_alone = gguf, description, is_alone
         self.tuning, self._settings = settings.tuning, settings
         self.limit = self.description.max_length(settings)  # tokens of the longest pair
         self.context: Any = None
@@ -2752,12 +2754,12 @@ def load_engine(path: Path, settings: Settings, is_alone: bool = False) -> Engin
     is_alone: nothing else runs in this process (see _given_back_while_written). Raises
     ModelError."""
     gguf = GgufFile.open(path)
-    describe(gguf)
+    description = describe(gguf)
     if not gguf.header_is_intact() and IN_CHILD not in os.environ:
         _try_in_child(path, settings)
-    model = LlamaModel(gguf, settings, is_alone)
+    model = LlamaModel(gguf, description, settings, is_alone)
     try:
-        engine = _ENGINES[model.description.kind](model)
+        engine = _ENGINES[description.kind](model)
         _check_known_pair(gguf, engine)
         if model.accel != OFF:  # copies the weights and makes the kernels
             engine.score(engine.pairs.make("warm", ["up"]))

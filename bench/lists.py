@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import threading
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}, {machine['cpu']}", "",
         *report.table(rows, COLUMNS),
     ]  # fmt: skip
-    print("\n".join(report.write_lines(arguments.out, "lists", lines, json.loads(json.dumps({"rows": rows})))))
+    print("\n".join(report.write_lines(arguments.out, "lists", lines, {"machine": machine, "rows": rows})))
     return 0
 
 
