@@ -65,11 +65,11 @@ import unicodedata
 import urllib.parse
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -153,9 +153,6 @@ class Settings:
         95, "seconds that a connection may be idle between two requests", 1, 3600)
     cache_mb: int = _setting(
         8, "memory for scores of pairs seen before, in MB; 0: none", 0, 65536)
-    unload_idle_s: int = _setting(
-        0, "seconds without a request after which gemma's memory is freed until the next one; "
-        "0: never", 0, 10_000_000)
     drain_s: int = _setting(
         30, "seconds that a stopping server gives to the requests in flight", 0, 3600)
     api_key: str = _setting(
@@ -1255,6 +1252,11 @@ _CLEAN = CharacterTable(_clean_character)
 HANG_UP_POLL_S = 0.25
 
 
+def _no_times() -> dict[str, float]:
+    """In seconds. queue: while its pairs waited for their turn. inference: of decodes with one."""
+    return {"queue": 0.0, "tokenise": 0.0, "inference": 0.0}
+
+
 @dataclass
 class Call:
     """One request under way. Its own thread alone uses it."""
@@ -1266,9 +1268,7 @@ class Call:
     path: str = ""
     started: float = dataclasses.field(default_factory=time.monotonic)
     request: RerankRequest | None = None
-    tokenise_s: float = 0.0
-    queue_s: float = 0.0  # while its pairs waited for their turn
-    inference_s: float = 0.0  # of decodes with a pair of it
+    times: dict[str, float] = dataclasses.field(default_factory=_no_times)
     n_pairs: int = 0
     n_tokens: int = 0
 
@@ -1277,7 +1277,6 @@ class Call:
         return time.monotonic() - self.started
 
     def check(self) -> None:
-        """Raises DeadlineError, ClientGoneError and UnavailableError."""
         if self.seconds >= self.timeout_s:
             raise DeadlineError(self.timeout_s)
         if self.is_cut_off():
@@ -1286,76 +1285,73 @@ class Call:
             raise ClientGoneError()
 
     def result(self, future: Future[T]) -> T:
-        """Waits for it. Raises what it raises, and what check does."""
         while not future.done():
             self.check()
             wait([future], min(self.timeout_s - self.seconds, HANG_UP_POLL_S))
         return future.result()
 
 
-_TIMES = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300)
+_COUNTER, _GAUGE, _INFO = prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Info
+_DURATION = functools.partial(prometheus_client.Histogram, buckets=(
+    .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300))
+_PART = functools.partial(prometheus_client.Histogram, buckets=[n / 10 for n in range(1, 11)])
+_METRICS: tuple[tuple[Any, str, str, str], ...] = (  # kind, name, labels, help
+    (_COUNTER, "requests", "route status", "answers; status 499: the client hung up"),
+    (_DURATION, "request_seconds", "route", "from a request's arrival to its answer"),
+    (_DURATION, "queue_seconds", "role", "while a request's pairs waited for their turn"),
+    (_DURATION, "tokenise_seconds", "role", "a request's tokenising"),
+    (_DURATION, "inference_seconds", "role", "decodes with a pair of the request"),
+    (_PART, "batch_fill_ratio", "role", "tokens of a decode, as a part of --ubatch"),
+    (_COUNTER, "pairs", "role", "pairs that were scored"),
+    (_COUNTER, "tokens", "role", "their tokens, without a shared prefix"),
+    (_COUNTER, "failed_batches", "role", "decodes that failed, with all requests in them"),
+    (_COUNTER, "cache_hits", "role", "pairs whose score was known"),
+    (_COUNTER, "truncated_passages", "role", "passages that were cut"),
+    (_COUNTER, "replaced_passages", "role", "passages with half a character"),
+    (_GAUGE, "queue_tokens", "role", "tokens that wait"),
+    (_GAUGE, "queue_requests", "role", "requests that wait or are being scored"),
+    (_GAUGE, "model_loaded", "role", "1: in memory"),
+    (_INFO, "model", "role", "the file of a role"),
+    (_GAUGE, "accel_bytes", "", "weights in the engine of accel/"),
+    (_GAUGE, "resident_bytes", "", "of the process"),
+    (_INFO, "build", "", "versions"),
+)
 
 
 class Metrics:
-    """What GET /metrics shows, in a registry of its own: a process can hold several. Any thread."""
+    """What GET /metrics shows, in a registry of its own: a process can hold several."""
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        counter = self._ours(prometheus_client.Counter)
-        histogram = self._ours(prometheus_client.Histogram)
-        seconds = functools.partial(histogram, buckets=_TIMES)
-        role = ("role",)
-        self.requests = counter(
-            "requests", "answers; status 499: the client hung up", ("route", "status"))
-        self.request_seconds = seconds(
-            "request_seconds", "from a request's arrival to its answer", ("route",))
-        self.queue_seconds = seconds(
-            "queue_seconds", "while a request's pairs waited for their turn", role)
-        self.tokenise_seconds = seconds("tokenise_seconds", "a request's tokenising", role)
-        self.inference_seconds = seconds(
-            "inference_seconds", "decodes with a pair of the request", role)
-        self.batch_fill_ratio = histogram(
-            "batch_fill_ratio", "tokens of a decode, as a part of --ubatch", role,
-            buckets=[n / 10 for n in range(1, 11)])
-        self.pairs = counter("pairs", "pairs that were scored", role)
-        self.tokens = counter("tokens", "their tokens, without a shared prefix", role)
-        self.failed_batches = counter(
-            "failed_batches", "decodes that failed, with all requests in them", role)
-        self.cache_hits = counter("cache_hits", "pairs whose score was known", role)
-        self.truncated_passages = counter("truncated_passages", "passages that were cut", role)
-        self.replaced_passages = counter(
-            "replaced_passages", "passages with half a character", role)
-        self._show_state(role)
-
-    def _ours(self, kind: Any) -> Any:
-        return functools.partial(kind, namespace="rerank", registry=self.registry)
-
-    def _show_state(self, role: Sequence[str]) -> None:
-        gauge, info = self._ours(prometheus_client.Gauge), self._ours(prometheus_client.Info)
-        self.queue_tokens = gauge("queue_tokens", "tokens that wait", role)
-        self.queue_requests = gauge(
-            "queue_requests", "requests that wait or are being scored", role)
-        self.model_loaded = gauge("model_loaded", "1: in memory", role)
-        self.model = info("model", "the file of a role", role)
-        gauge("accel_bytes", "weights in the engine of accel/").set_function(accel_bytes)
-        gauge("resident_bytes", "of the process").set_function(resident_bytes)
+        self._named: dict[str, Any] = {
+            name: kind(name, help, labels.split(), namespace="rerank", registry=self.registry)
+            for kind, name, labels, help in _METRICS
+        }
+        self._named["accel_bytes"].set_function(accel_bytes)
+        self._named["resident_bytes"].set_function(resident_bytes)
         versions = {"version": __version__, "llama_cpp_python": llama_version()}
-        info("build", "versions").info(versions)
+        self._named["build"].info(versions)
+
+    def add(self, name: str, amount: float, *labels: str) -> None:
+        metric = self._named[name].labels(*labels)
+        add = metric.inc if isinstance(metric, prometheus_client.Counter) else metric.observe
+        add(amount)
 
     def add_role(self, role: Role) -> None:
-        name, model = role.name, role.description
-        self.queue_tokens.labels(name).set_function(role.n_waiting_tokens)
-        self.queue_requests.labels(name).set_function(role.n_requests)
-        self.model_loaded.labels(name).set_function(role.is_loaded)
+        model, queue = role.description, role.queue
         about = {"file": model.path.name, "kind": model.kind, "quantization": model.quantization}
-        self.model.labels(name).info(about)
+        self._named["model"].labels(role.name).info(about)
+        shown = {"tokens": queue.n_tokens, "requests": queue.n_requests}
+        for name, value in shown.items():
+            self._named[f"queue_{name}"].labels(role.name).set_function(value)
+        self._named["model_loaded"].labels(role.name).set_function(role.is_loaded)
 
     def text(self) -> str:
         return prometheus_client.generate_latest(self.registry).decode()
 
 
 # --------------------------------------------------------------------------------------------------
-# Queue and scheduler: one thread for each model; nobody else touches its llama context
+# Queue: what waits for a model, and whose turn it is
 # --------------------------------------------------------------------------------------------------
 
 MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
@@ -1363,18 +1359,18 @@ MAX_RETRY_AFTER_S = 600
 
 
 def take_batch(
-    waiting: list[T], n_tokens: Callable[[T], float], room: float, most: int,
-    is_shared: bool = False,
+    waiting: list[T], n_tokens: Callable[[T], float], room: float, most: int, n_beside: int = 0
 ) -> list[T]:
-    """Takes the first of `waiting` (whatever its length, unless is_shared), and those behind it
-    that still fit `room` tokens. At most MAX_SEQUENCES are passed over."""
+    """Takes those of `waiting` that fit `room` tokens, and the first whatever its length, unless
+    the decode has others already (n_beside). At most MAX_SEQUENCES are passed over."""
     taken: list[T] = []
     passed: list[T] = []
     for candidate in waiting:
-        if len(taken) >= most or len(passed) >= MAX_SEQUENCES or (room <= 0 and taken):
+        n_taken = len(taken) + n_beside
+        if n_taken >= most or len(passed) >= MAX_SEQUENCES or (room <= 0 and n_taken):
             break
         size = n_tokens(candidate)
-        if size <= room or not (taken or is_shared):
+        if size <= room or not n_taken:
             taken.append(candidate)
             room -= size
         else:
@@ -1383,201 +1379,169 @@ def take_batch(
     return taken
 
 
-class Job:
-    """A request's pairs. The queue's lock guards it, except for scored and known."""
-
-    def __init__(self, n_estimated: int) -> None:
-        self.waiting: list[Entry] = []  # in their order
-        self.keys: set[bytes] = set()  # of every pair that was submitted
-        self.logits: dict[bytes, float] = {}
-        self.known: dict[bytes, float] = {}  # logits from the cache
-        self.scored: Future[dict[bytes, float]] = Future()  # all logits by key
-        self.is_complete = False  # nothing more will be submitted
-        self.n_estimated = n_estimated  # tokens of what is not tokenised yet
-        self.n_waiting = 0  # tokens
-        self.submitted = math.inf  # time.monotonic() of the first pair
-        self.queue_s = self.inference_s = 0.0
-
-    @property
-    def n_tokens(self) -> int:
-        return self.n_estimated + self.n_waiting
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A pair that waits."""
+class Entry(NamedTuple):
+    """A pair of a batch."""
 
     pair: Pair
     job: Job
 
+
+def n_new(batch: Iterable[Entry]) -> int:
+    return sum(entry.pair.n_new for entry in batch)
+
+
+def prefix_then_longest(pair: Pair) -> tuple[tuple[int, ...], int]:
+    """The engine computes a prefix once. Short pairs fill the decodes."""
+    return pair.prefix, -pair.n_new
+
+
+class Job:
+    """A request's pairs. The queue's lock guards it, but for its request's own keys."""
+
+    def __init__(self, n_estimated: int) -> None:
+        self.n_estimated = n_estimated  # tokens of the whole request
+        self.left = 1.0  # the part of it that is still text; 0: no more pairs will come
+        self.waiting: list[Pair] = []
+        self.n_waiting = 0  # tokens
+        self.n_pending = 0  # pairs that wait or are being scored
+        self.keys: set[bytes] = set()  # of every pair so far
+        self.logits: dict[bytes, float] = {}
+        self.scored: Future[dict[bytes, float]] = Future()  # all logits, or what went wrong
+        self.submitted = math.inf  # time.monotonic() of the first pair
+        self.inference_s = 0.0
+
     @property
-    def prefix(self) -> tuple[int, ...]:
-        return self.pair.prefix
+    def n_tokens(self) -> int:
+        return self.n_waiting + int(self.n_estimated * self.left)
 
-    def order(self) -> tuple[tuple[int, ...], int]:
-        """One prefix after the other: the engine computes it once. Short pairs fill the decodes."""
-        return self.prefix, -self.pair.n_new
+    def take(
+        self, prefix: tuple[int, ...], room: float, most: int, n_beside: int = 0
+    ) -> list[Entry]:
+        def size(pair: Pair) -> float:
+            return pair.n_new if pair.prefix == prefix else math.inf
 
-
-def n_new(entries: Iterable[Entry]) -> int:
-    return sum(entry.pair.n_new for entry in entries)
+        pairs = take_batch(self.waiting, size, room, most, n_beside)
+        batch = [Entry(pair, self) for pair in pairs]
+        self.n_waiting -= n_new(batch)
+        return batch
 
 
 class Queue:
     """Jobs take turns: each decode is the next one's, so a short request waits for one decode of a
-    long one and not for all of it. Any thread appends; one scheduler takes."""
+    long one and not for all of it. Any thread appends; one takes."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._jobs: set[Job] = set()  # every one that was admitted and has not ended
-        self._turns: list[Job] = []  # those with something to score; the next one is first
+        self._jobs: list[Job] = []  # all that were admitted and have not ended, in their turns
         self._served: Job | None = None  # whose turn the running decode is
         self._tokens_per_s = 0.0  # smoothed over some ten batches; 0: nothing was measured yet
         self._closed = False
-        self.failure: RequestError | None = None  # why nobody takes any more
-        self._lock = threading.Lock()  # guards all of it, and the jobs
-        self._work = threading.Condition(self._lock)  # for the scheduler
-        self._room = threading.Condition(self._lock)  # for those whose job waits to be tokenised
+        self._changed = threading.Condition()  # its lock guards all of the above, and the jobs
 
     @contextlib.contextmanager
     def admit(self, n_estimated: int) -> Iterator[Job]:
         """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens. One job counts
         for at most half of what may wait: a list of any length is accepted, and leaves room for
-        others. Raises OverloadedError, and UnavailableError once the queue is closed."""
+        others."""
         job, half = Job(n_estimated), self._max_tokens // 2
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise UnavailableError("the server is stopping")
             waiting = sum(min(other.n_tokens, half) for other in (*self._jobs, job))
             excess = waiting - self._max_tokens
             if excess > 0:
                 seconds = math.ceil(excess / (self._tokens_per_s or excess))
-                raise OverloadedError(self.n_tokens, min(MAX_RETRY_AFTER_S, seconds))
-            self._jobs.add(job)
+                raise OverloadedError(self.n_tokens(), min(MAX_RETRY_AFTER_S, seconds))
+            self._jobs.append(job)
         try:
             yield job
         finally:
-            with self._lock:
+            with self._changed:
                 self._end(job)
 
-    @property
     def n_tokens(self) -> int:
         return sum(job.n_tokens for job in tuple(self._jobs))
 
-    @property
     def n_requests(self) -> int:
         return len(self._jobs)
 
     def wait_for_room(self, job: Job, max_waiting: int, call: Call) -> None:
         """Until no more than so many tokens of the job wait: a long list is tokenised only a little
-        ahead of the engine. Raises what Call.check does."""
+        ahead of the engine."""
 
         def has_room() -> bool:
             return job.n_waiting <= max_waiting or job.scored.done()
 
         while True:
-            with self._lock:
-                if self._room.wait_for(has_room, HANG_UP_POLL_S):
-                    return
             call.check()
+            with self._changed:
+                if self._changed.wait_for(has_room, HANG_UP_POLL_S):
+                    return
 
-    def append(self, job: Job, pairs: dict[bytes, Pair], n_estimated: int) -> None:
-        """Pairs by their keys, none of them submitted before. n_estimated: tokens still to come.
-        Raises EngineError where nobody takes any more."""
-        with self._lock:
-            if self.failure is not None:
-                raise self.failure
-            job.keys |= pairs.keys()
-            job.n_estimated = n_estimated
-            if not pairs or job not in self._jobs:
-                return
-            entries = [Entry(pair, job) for pair in pairs.values()]
-            job.waiting = sorted([*job.waiting, *entries], key=Entry.order)
-            job.n_waiting += n_new(entries)
-            job.submitted = min(job.submitted, time.monotonic())
-            if job not in self._turns and job is not self._served:
-                self._turns.append(job)
-            self._work.notify()
-
-    def complete(self, job: Job) -> Future[dict[bytes, float]]:
-        """The job's logits by key, or the first thing that went wrong. Nothing is appended after
-        it."""
-        with self._lock:
-            job.is_complete, job.n_estimated = True, 0
+    def append(self, job: Job, pairs: Sequence[Pair], left: float) -> None:
+        with self._changed:
+            job.left = left
+            job.n_pending += len(pairs)
+            job.n_waiting += sum(pair.n_new for pair in pairs)
+            job.waiting = sorted([*job.waiting, *pairs], key=prefix_then_longest)
+            if pairs:
+                job.submitted = min(job.submitted, time.monotonic())
             self._settle(job)
-            return job.scored
+            self._changed.notify_all()
 
-    def next_batch(
-        self, max_batch_tokens: int, max_sequences: int, idle_s: float | None = None
-    ) -> list[Entry] | None:
-        """The next job's turn, all of one prefix. Empty: none came for idle_s. None: closed, and
-        all was taken.
+    def next_batch(self, max_batch_tokens: int, max_sequences: int) -> list[Entry]:
+        """The next job's turn, all of one prefix. Empty: closed, and all was taken.
 
         What is left of the decode goes to the jobs behind that need no more than one decode, but
         only as much as it has itself: so a short request takes at most twice its time.
         """
-        with self._lock:
-            if self._served is not None and self._served.waiting:
-                self._turns.append(self._served)
-            self._served = None
-            self._work.wait_for(self._has_work, idle_s)
-            if not self._turns:
-                return None if self._has_work() else []
-            job = self._served = self._turns.pop(0)
-            prefix = job.waiting[0].prefix
-            batch = self._take(job, prefix, max_batch_tokens, max_sequences)
-            room = min(max_batch_tokens - n_new(batch), n_new(batch))
-            for other in self._turns:
-                if room > 0 and other.n_tokens <= max_batch_tokens:
-                    most = max_sequences - len(batch)
-                    shared = self._take(other, prefix, room, most, is_shared=True)
+        with self._changed:
+            if self._served in self._jobs:  # it goes behind those that came meanwhile
+                self._jobs.remove(self._served)
+                self._jobs.append(self._served)
+            self._changed.wait_for(self._has_work)
+            ready = [job for job in self._jobs if job.waiting]
+            if not ready:
+                return []
+            self._served, prefix = ready[0], ready[0].waiting[0].prefix
+            batch = ready[0].take(prefix, max_batch_tokens, max_sequences)
+            n_tokens = n_new(batch)
+            room = min(max_batch_tokens - n_tokens, n_tokens)
+            for job in ready[1:]:
+                if job.n_tokens <= max_batch_tokens:
+                    shared = job.take(prefix, room, max_sequences, len(batch))
                     room -= n_new(shared)
                     batch += shared
-            self._turns = [other for other in self._turns if other.waiting]
-            self._room.notify_all()
+            self._changed.notify_all()
             return batch
 
     def _has_work(self) -> bool:
-        return bool(self._turns) or (self._closed and not self._jobs)  # there will never be any
-
-    @staticmethod
-    def _take(
-        job: Job, prefix: tuple[int, ...], room: float, most: int, is_shared: bool = False
-    ) -> list[Entry]:
-        def size(entry: Entry) -> float:
-            return entry.pair.n_new if entry.prefix == prefix else math.inf
-
-        batch = take_batch(job.waiting, size, room, most, is_shared)
-        job.n_waiting -= n_new(batch)
-        return batch
+        has_ended = self._closed and not self._jobs  # there will never be any
+        return has_ended or any(job.waiting for job in self._jobs)
 
     def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
         """A logit that is no number fails its own job, not the others."""
-        with self._lock:
+        with self._changed:
             rate = n_new(batch) / max(seconds, 1e-6)
             weight = 0.1 if self._tokens_per_s else 1
             self._tokens_per_s += (rate - self._tokens_per_s) * weight
-            for entry, logit in zip(batch, logits, strict=True):
-                entry.job.logits[entry.pair.key] = logit
+            for (pair, job), logit in zip(batch, logits, strict=True):
+                job.logits[pair.key] = logit
+                job.n_pending -= 1
                 if not math.isfinite(logit):
-                    error = EngineError(f"the model gave {logit} in place of a score")
-                    self._fail(entry.job, error)
-            for job in {entry.job for entry in batch}:
+                    self._fail(job, EngineError(f"the model gave {logit} in place of a score"))
+            for job in {job for _, job in batch}:
                 job.inference_s += seconds
                 self._settle(job)
 
     def fail(self, error: RequestError, batch: Sequence[Entry] = ()) -> None:
-        """Ends the jobs of the batch. Without a batch: every job, and those that come."""
-        with self._lock:
-            if not batch:
-                self.failure = error
-            for job in {entry.job for entry in batch} or tuple(self._jobs):
+        """Ends the jobs of the batch; without a batch, every one."""
+        with self._changed:
+            for job in {job for _, job in batch} or tuple(self._jobs):
                 self._fail(job, error)
 
     def _settle(self, job: Job) -> None:
-        if job.is_complete and not job.scored.done() and len(job.logits) == len(job.keys):
-            waited_s = time.monotonic() - job.submitted
-            job.queue_s = max(0.0, waited_s - job.inference_s)
+        if not (job.left or job.n_pending or job.scored.done()):
             job.scored.set_result(job.logits)
 
     def _fail(self, job: Job, error: RequestError) -> None:
@@ -1586,91 +1550,14 @@ class Queue:
         self._end(job)
 
     def _end(self, job: Job) -> None:
-        self._jobs.discard(job)
-        job.waiting.clear()
-        job.n_waiting = job.n_estimated = 0
-        if job in self._turns:
-            self._turns.remove(job)
-        self._work.notify()
-        self._room.notify_all()
+        if job in self._jobs:
+            self._jobs.remove(job)
+        self._changed.notify_all()
 
     def close(self) -> None:
-        with self._lock:
+        with self._changed:
             self._closed = True
-            self._work.notify()
-
-
-class Scheduler:
-    """The one thread that loads an engine, calls engine.score, and frees it."""
-
-    def __init__(
-        self, name: str, queue: Queue, load: Callable[[], Engine],
-        idle_s: Callable[[Engine], float | None], metrics: Metrics,
-    ) -> None:
-        """idle_s: how long the engine may be idle before it is asked again; None: it was freed."""
-        self._name, self._queue, self._metrics = name, queue, metrics
-        self._load, self._idle_s = load, idle_s
-        self.engine: Future[Engine] = Future()
-        self.has_failed = False  # the next request starts another
-        self._thread = threading.Thread(target=self._run, name=f"scheduler-{name}", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_loaded(self) -> bool:
-        return self.engine.done() and not self.has_failed
-
-    def join(self, timeout_s: float | None) -> bool:
-        """Until the closed queue is empty and the engine freed. False: it took longer."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            engine = self._load()
-        except BaseException as error:
-            self.has_failed = True
-            self.engine.set_exception(error)
-            return
-        self._queue.failure = None
-        self.engine.set_result(engine)
-        try:
-            self._serve(engine)
-        except BaseException:
-            log.exception("%s: the scheduler's thread ends", self._name)
-            self.has_failed = True
-            self._queue.fail(EngineError("the engine has stopped; see the server's log"))
-            engine.close()
-
-    def _serve(self, engine: Engine) -> None:
-        while True:
-            idle_s = self._idle_s(engine)
-            if idle_s is None:
-                return
-            idle_s = min(idle_s, 1e6)  # no lock waits for ever
-            batch = self._queue.next_batch(engine.max_batch_tokens, engine.max_sequences, idle_s)
-            if batch is None:
-                engine.close()
-                return
-            if batch:
-                self._score(engine, batch)
-
-    def _score(self, engine: Engine, batch: list[Entry]) -> None:
-        metrics, name, n_tokens = self._metrics, self._name, n_new(batch)
-        metrics.batch_fill_ratio.labels(name).observe(n_tokens / engine.max_batch_tokens)
-        started = time.monotonic()
-        try:
-            logits = engine.score([entry.pair for entry in batch])
-            if len(logits) != len(batch):
-                raise EngineError(f"the engine gave {len(logits)} scores for {len(batch)} pairs")
-        except Exception as error:
-            known = error if isinstance(error, RequestError) else None
-            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not known)
-            metrics.failed_batches.labels(name).inc()
-            self._queue.fail(known or EngineError("scoring failed; see the server's log"), batch)
-            return
-        metrics.pairs.labels(name).inc(len(batch))
-        metrics.tokens.labels(name).inc(n_tokens)
-        self._queue.finish(batch, logits, time.monotonic() - started)
+            self._changed.notify_all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2925,133 +2812,95 @@ AHEAD_DECODES = 8  # of a long list's pairs wait, and no more are made
 
 
 class ScoreCache:
-    """Logits of pairs seen before, the least recently used dropped first. Any thread."""
+    """Logits of pairs seen before, the least recently used dropped first."""
 
     ENTRY_BYTES = 256  # measured: key, float, and the ordered dictionary's share
 
     def __init__(self, max_bytes: int) -> None:
         self._max_entries = max_bytes // self.ENTRY_BYTES
         self._logits: OrderedDict[bytes, float] = OrderedDict()
-        self.hits = self.misses = 0
+        self._hits = self._misses = 0
         self._lock = threading.Lock()  # guards all of the above
 
-    def take(self, keys: Iterable[bytes]) -> dict[bytes, float]:
+    def take(self, keys: Collection[bytes]) -> dict[bytes, float]:
         """The known ones among `keys`."""
         with self._lock:
             known = {key: self._logits[key] for key in keys if key in self._logits}
             for key in known:
                 self._logits.move_to_end(key)
+            self._hits += len(known)
+            self._misses += len(keys) - len(known)
             return known
 
-    def put(self, logits: dict[bytes, float], hits: int) -> None:
-        """Keeps what was scored; `hits` of the same request came from here."""
+    def put(self, logits: dict[bytes, float]) -> None:
         with self._lock:
-            self.hits, self.misses = self.hits + hits, self.misses + len(logits)
             self._logits.update(logits)
             while len(self._logits) > self._max_entries:
                 self._logits.popitem(last=False)
 
     def state(self) -> dict[str, int]:
-        return {"entries": len(self._logits), "hits": self.hits, "misses": self.misses}
+        return {"entries": len(self._logits), "hits": self._hits, "misses": self._misses}
+
+
+Asked = tuple[list[bytes], int, bool]  # of a passage: its pairs' keys, n_tokens, truncated
 
 
 class Role:
-    """A model that scores requests. Any thread."""
-
-    metrics: Metrics  # Roles gives all of its roles one
-
-    def __init__(
-        self, name: str, description: ModelDescription, calibration: Calibration | None = None
-    ) -> None:
-        self.name, self.description = name, description
-        self.calibration = calibration or Calibration()
-
-    def score(
-        self, request: RerankRequest, indices: Sequence[int], call: Call, job: Job | None = None
-    ) -> list[Scored]:
-        """The passages of `indices`, in that order. job: from admit. Raises ModelError and
-        RequestError."""
-        raise NotImplementedError
-
-    @contextlib.contextmanager
-    def admit(self, request: RerankRequest, n: int) -> Iterator[Job | None]:
-        """Room for the n longest of a request's pairs, before anything is tokenised. Raises
-        OverloadedError and UnavailableError."""
-        yield None
-
-    def is_loaded(self) -> bool:
-        raise NotImplementedError
-
-    def state(self) -> dict[str, Any]:
-        """What GET /health shows beside the description."""
-        return {}
-
-    def n_waiting_tokens(self) -> int:
-        return 0
-
-    def n_requests(self) -> int:
-        return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A passage whose pairs were submitted. keys: one, or one for each window."""
-
-    index: int
-    keys: tuple[bytes, ...]
-    n_tokens: int
-    truncated: bool
-
-
-class LocalRole(Role):
-    """In this process: a queue, and a scheduler with its engine while they are needed."""
+    """A model that scores requests: a queue, and the one thread that owns the engine."""
 
     def __init__(
         self, name: str, description: ModelDescription, settings: Settings,
         load: Callable[[Path, Settings, bool], Engine] = load_engine,
         calibration: Calibration | None = None,
     ) -> None:
-        super().__init__(name, description, calibration)
+        self.name, self.description = name, description
+        self.calibration = calibration or Calibration()
         self._settings, self._load = settings, load
-        self._lock = threading.Lock()  # guards _scheduler, _n_users, _last_used and _closed
-        self._scheduler: Scheduler | None = None
         self.metrics = Metrics()  # until Roles gives it another
-        self._n_users = 0
-        self._last_used = 0.0  # time.monotonic()
-        self._closed = False
         self.queue = Queue(settings.max_queue_tokens)
         self.cache = ScoreCache(settings.cache_mb * 1_000_000)
-
-    def _engine_if_loaded(self) -> Engine | None:
-        scheduler = self._scheduler
-        return scheduler.engine.result() if scheduler and scheduler.is_loaded else None
+        self._lock = threading.Lock()  # guards the start of the thread
+        self._thread: threading.Thread | None = None
+        self._loading: Future[Engine] | None = None  # None: the next request starts a thread
+        self._engine: Engine | None = None  # once it is loaded
 
     def is_loaded(self) -> bool:
-        return self._engine_if_loaded() is not None
+        return self._engine is not None
 
     def state(self) -> dict[str, Any]:
-        """arithmetic: what multiplies; null until the model is loaded."""
-        engine = self._engine_if_loaded()
+        """What GET /health shows beside the description. arithmetic: what multiplies."""
+        engine = self._engine
         return {"arithmetic": engine and engine.arithmetic, "cache": self.cache.state()}
 
-    def n_waiting_tokens(self) -> int:
-        return self.queue.n_tokens
-
-    def n_requests(self) -> int:
-        return self.queue.n_requests
-
     def start(self, is_alone: bool = False) -> Future[Engine]:
-        """Loads in the scheduler's thread, if nothing has. is_alone: see load_engine. Raises
-        UnavailableError once closed."""
+        """Loads in the scheduler's thread, if nothing has. is_alone: see load_engine."""
         with self._lock:
-            if self._closed:
-                raise UnavailableError("the server is stopping")
-            if self._scheduler is None or self._scheduler.has_failed:
-                self._last_used = time.monotonic()
-                load = functools.partial(self._load_file, is_alone)
-                self._scheduler = Scheduler(
-                    self.name, self.queue, load, self._idle_s, self.metrics)
-            return self._scheduler.engine
+            loading = self._loading
+            if loading is None:
+                loading = self._loading = Future()
+                self._thread = threading.Thread(
+                    target=self._run, args=(loading, is_alone), name=f"scheduler-{self.name}",
+                    daemon=True)
+                self._thread.start()
+            return loading
+
+    def _run(self, loading: Future[Engine], is_alone: bool) -> None:
+        try:
+            engine = self._load_file(is_alone)
+        except BaseException as error:
+            self._loading = None
+            loading.set_exception(error)
+            return
+        self._engine = engine
+        loading.set_result(engine)
+        try:
+            while batch := self.queue.next_batch(engine.max_batch_tokens, engine.max_sequences):
+                self._decode(engine, batch)
+        except BaseException:
+            log.exception("%s: the scheduler's thread ends", self.name)
+            self._loading = self._engine = None
+            self.queue.fail(EngineError("the engine has stopped; see the server's log"))
+        engine.close()
 
     def _load_file(self, is_alone: bool) -> Engine:
         started, path = time.perf_counter(), self.description.path
@@ -3060,122 +2909,110 @@ class LocalRole(Role):
         log.info("%s: loaded in %.1f s", self.name, time.perf_counter() - started)
         return engine
 
-    def _idle_s(self, engine: Engine) -> float | None:
-        """See Scheduler. gemma is freed after --unload-idle-s, but not while a request uses it."""
-        unload_s = self._settings.unload_idle_s
-        if self.name != "gemma" or not unload_s:
-            return math.inf
-        with self._lock:
-            left_s = self._last_used + unload_s - time.monotonic()
-            if self._n_users or left_s > 0:
-                return unload_s if self._n_users else left_s
-            engine.close()
-            self._scheduler = None  # the next request starts another
-        log.info("%s: freed after %d s without a request", self.name, unload_s)
-        return None
-
-    @contextlib.contextmanager
-    def _engine(self, call: Call) -> Iterator[Engine]:
-        """Loads on first use; it is not freed before the `with` ends."""
-        with self._lock:
-            self._n_users += 1
+    def _decode(self, engine: Engine, batch: list[Entry]) -> None:
+        n_tokens, started = n_new(batch), time.monotonic()
+        self.metrics.add("batch_fill_ratio", n_tokens / engine.max_batch_tokens, self.name)
         try:
-            yield call.result(self.start())
-        finally:
-            with self._lock:
-                self._n_users, self._last_used = self._n_users - 1, time.monotonic()
+            logits = engine.score([entry.pair for entry in batch])
+            self.metrics.add("pairs", len(batch), self.name)
+            self.metrics.add("tokens", n_tokens, self.name)
+            self.queue.finish(batch, logits, time.monotonic() - started)
+        except Exception as error:
+            known = error if isinstance(error, RequestError) else None
+            log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not known)
+            self.metrics.add("failed_batches", 1, self.name)
+            self.queue.fail(known or EngineError("scoring failed; see the server's log"), batch)
 
-    @contextlib.contextmanager
-    def admit(self, request: RerankRequest, n: int) -> Iterator[Job]:
+    def admit(
+        self, request: RerankRequest, n: int
+    ) -> contextlib.AbstractContextManager[Job | None]:
+        """Room for the n longest of a request's pairs, before anything is tokenised."""
         longest = self.description.max_length(self._settings)
-        with self.queue.admit(request.estimate_tokens(longest, n)) as job:
-            yield job
+        return self.queue.admit(request.estimate_tokens(longest, n))
 
     def score(
         self, request: RerankRequest, indices: Sequence[int], call: Call, job: Job | None = None
     ) -> list[Scored]:
+        """The passages of `indices`, in that order. job: from admit."""
         if not indices:
             return []
         if job is None:
             with self.admit(request, len(indices)) as job:
                 return self.score(request, indices, call, job)
-        asked: list[Asked] = []
-        n_estimated, tokenised_s = job.n_estimated, call.tokenise_s
-        with self._engine(call) as engine:
-            for start in range(0, len(indices), SLICE_PASSAGES):
-                self.queue.wait_for_room(job, AHEAD_DECODES * engine.max_batch_tokens, call)
-                call.check()
-                part = indices[start : start + SLICE_PASSAGES]
-                left = 1 - (start + len(part)) / len(indices)
-                asked += self._submit(request, engine.pairs, part, call, job, n_estimated * left)
-            logits = self._logits(job, call)
-            results = [self._scored(one, logits, request, engine.pairs, call) for one in asked]
-        call.n_pairs += sum(len(one.keys) for one in asked)
-        self.metrics.tokenise_seconds.labels(self.name).observe(call.tokenise_s - tokenised_s)
-        self.metrics.truncated_passages.labels(self.name).inc(sum(one.truncated for one in asked))
+        before, asked = dict(call.times), list[Asked]()
+        engine = call.result(self.start())
+        for start in range(0, len(indices), SLICE_PASSAGES):
+            self.queue.wait_for_room(job, AHEAD_DECODES * engine.max_batch_tokens, call)
+            part = indices[start : start + SLICE_PASSAGES]
+            left = 1 - (start + len(part)) / len(indices)
+            asked += self._submit(request, engine.pairs, part, call, job, left)
+        logits = call.result(job.scored)
+        self.cache.put(logits)
+        call.times["inference"] += job.inference_s
+        waited_s = time.monotonic() - job.submitted
+        call.times["queue"] += max(0.0, waited_s - job.inference_s)
+        for name, seconds in call.times.items():
+            self.metrics.add(f"{name}_seconds", seconds - before[name], self.name)
+        results = [
+            self._scored(logits, request, engine.pairs, call, index, *one)
+            for index, one in zip(indices, asked, strict=True)
+        ]
+        self.metrics.add("truncated_passages", sum(one.truncated for one in results), self.name)
         return results
 
     def _submit(
         self, request: RerankRequest, pairs: Pairs, indices: Sequence[int], call: Call, job: Job,
-        n_estimated: float,
+        left: float,
     ) -> list[Asked]:
         """Tokenises some passages. Equal pairs are scored once, known ones not at all."""
         started = time.monotonic()
         made = pairs_of(request, pairs, indices)
-        call.tokenise_s += time.monotonic() - started
-        asked: list[Asked] = []
-        by_key: dict[bytes, Pair] = {}
-        for index, windows in zip(indices, made, strict=True):
-            keys = tuple(pair.key for pair in windows)
-            by_key.update(zip(keys, windows, strict=True))
-            n_tokens = sum(len(pair.ids) + len(pair.query_ids) for pair in windows)
-            asked.append(Asked(index, keys, n_tokens, any(pair.truncated for pair in windows)))
-        job.known |= self.cache.take(by_key.keys() - job.keys)
-        missing = by_key.keys() - job.keys - job.known.keys()
-        new = {key: pair for key, pair in by_key.items() if key in missing}
-        self.queue.append(job, new, int(n_estimated))
-        call.n_tokens += sum(len(pair.ids) for pair in new.values())
-        return asked
-
-    def _logits(self, job: Job, call: Call) -> dict[bytes, float]:
-        scored = call.result(self.queue.complete(job))
-        call.queue_s += job.queue_s
-        call.inference_s += job.inference_s
-        self.metrics.queue_seconds.labels(self.name).observe(job.queue_s)
-        self.metrics.inference_seconds.labels(self.name).observe(job.inference_s)
-        self.metrics.cache_hits.labels(self.name).inc(len(job.known))
-        self.cache.put(scored, hits=len(job.known))
-        return {**job.known, **scored}
+        call.times["tokenise"] += time.monotonic() - started
+        new = {pair.key: pair for pair in itertools.chain(*made) if pair.key not in job.keys}
+        job.keys |= new.keys()
+        known = self.cache.take(new)
+        job.logits |= known
+        missing = [pair for key, pair in new.items() if key not in known]
+        self.queue.append(job, missing, left)
+        call.n_tokens += sum(len(pair.ids) for pair in missing)
+        call.n_pairs += sum(map(len, made))
+        self.metrics.add("cache_hits", len(known), self.name)
+        return [
+            ([pair.key for pair in windows],
+             sum(len(pair.ids) + len(pair.query_ids) for pair in windows),
+             any(pair.truncated for pair in windows))
+            for windows in made
+        ]
 
     def _scored(
-        self, asked: Asked, logits: dict[bytes, float], request: RerankRequest, pairs: Pairs,
-        call: Call,
+        self, logits: dict[bytes, float], request: RerankRequest, pairs: Pairs, call: Call,
+        index: int, keys: Sequence[bytes], n_tokens: int, truncated: bool,
     ) -> Scored:
         """Of windows the best counts."""
-        index, read = asked.index, None
-        if request.return_characters_read and asked.truncated:
+        read = None
+        if request.return_characters_read and truncated:
             call.check()
             read = characters_read(request, pairs, index)
-        logit = max(logits[key] for key in asked.keys)
+        logit = max(logits[key] for key in keys)
         score, model = self.calibration.score(logit), self.description.name
-        return Scored(index, logit, score, model, asked.n_tokens, asked.truncated, read)
+        return Scored(index, logit, score, model, n_tokens, truncated, read)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Answers what was submitted, then frees the model. False: it took longer."""
-        with self._lock:
-            self._closed = True
-            scheduler = self._scheduler
         self.queue.close()
-        return scheduler is None or scheduler.join(timeout_s)
+        thread = self._thread
+        if thread:
+            thread.join(timeout_s)
+        return not (thread and thread.is_alive())
 
 
-def find_roles(settings: Settings) -> list[LocalRole]:
+def find_roles(settings: Settings) -> list[Role]:
     """m3, and gemma if there is one: the files named by flags, else those in the models folders.
-    Nothing is loaded. Raises ModelError when none serves m3, and SettingsError."""
-    named = settings.m3 and settings.gemma
-    found = [] if named else servable_files(settings.model_folders)
-    m3 = _file_of(settings.m3, found, CROSS_ENCODER, BI_ENCODER)
-    gemma = _file_of(settings.gemma, found, YES_LOGIT)
+    Nothing is loaded."""
+    is_named = settings.m3 and settings.gemma
+    found = [] if is_named else servable_files(settings.model_folders)
+    m3 = file_for(settings.m3, found, CROSS_ENCODER, BI_ENCODER)
+    gemma = file_for(settings.gemma, found, YES_LOGIT)
     if m3 is None:
         folders = " or ".join(map(str, settings.model_folders))
         raise ModelError(
@@ -3184,17 +3021,22 @@ def find_roles(settings: Settings) -> list[LocalRole]:
     models = [m3, gemma] if gemma else [m3]
     maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
     return [
-        LocalRole(name, model, settings, calibration=maps.get(model.name))
+        Role(name, model, settings, calibration=maps.get(model.name))
         for name, model in zip(("m3", "gemma"), models, strict=False)
     ]
 
 
-def _file_of(
+def file_for(
     path: Path | None, found: Sequence[ModelDescription], *kinds: str
 ) -> ModelDescription | None:
-    """path: what a flag names. Raises ModelError."""
+    """The one that a flag names, else the first that was found of the first of the kinds that there
+    is; a real m3 goes before other cross-encoders."""
+
+    def rank(model: ModelDescription) -> tuple[int, bool]:
+        return kinds.index(model.kind), "reranker-v2-" not in model.name
+
     if path is None:
-        return newest(found, *kinds)
+        return min((model for model in found if model.kind in kinds), key=rank, default=None)
     model = describe(GgufFile.open(path))
     if model.kind not in kinds:
         takes = " or ".join(kinds)
@@ -3205,36 +3047,25 @@ def _file_of(
 
 
 def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
-    """Every GGUF file that takes a role by itself, folder by folder, newest first. One that does
-    not is named in the log and left alone."""
+    """Folder by folder, newest first. A file that takes no role is named in the log."""
+
+    def age(path: Path) -> tuple[int, str]:
+        return -path.stat().st_mtime_ns, path.name
+
     found = []
-    for path in itertools.chain.from_iterable(map(_gguf_files, folders)):
-        try:
-            model = describe(GgufFile.open(path))
-        except (ModelError, OSError) as error:
-            log.warning("not served: %s", error)
-            continue
-        flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
-        if model.doubt:
-            log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
-        else:
-            found.append(model)
+    for folder in folders:
+        for path in sorted(filter(Path.is_file, folder.glob("*.gguf")), key=age):
+            try:
+                model = describe(GgufFile.open(path))
+            except (ModelError, OSError) as error:
+                log.warning("not served: %s", error)
+                continue
+            flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
+            if model.doubt:
+                log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
+            else:
+                found.append(model)
     return found
-
-
-def _gguf_files(folder: Path) -> list[Path]:
-    files = [path for path in folder.glob("*.gguf") if path.is_file()]
-    return sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name))
-
-
-def newest(found: Sequence[ModelDescription], *kinds: str) -> ModelDescription | None:
-    """The file that was made last, in the first folder that has one, of the first of the kinds
-    that there is; a real m3 goes before other cross-encoders."""
-
-    def rank(model: ModelDescription) -> tuple[int, bool]:
-        return kinds.index(model.kind), "reranker-v2-" not in model.name
-
-    return min((model for model in found if model.kind in kinds), key=rank, default=None)
 
 
 class Roles:
@@ -3248,12 +3079,11 @@ class Roles:
             self.metrics.add_role(role)
 
     def select(self, request: RerankRequest, strict: bool) -> Role:
-        """By use_llm, else by the model's name. Raises UnavailableError where there is no gemma,
-        and (strict) ModelNotFoundError for a name that is none of ours."""
+        """By use_llm, else by the model's name."""
         name = (request.model or "").rpartition("/")[2].lower()
-        gemmas = {"gemma", "bge-reranker-v2-gemma", *_names(self.gemma)}
-        ours = {"mini", "all-minilm-l6-v2"} if self.is_fallback else {"m3", "bge-reranker-v2-m3"}
-        if strict and name and name not in ours | gemmas | _names(self.m3):
+        gemmas = _names("gemma", self.gemma)
+        known = gemmas | _names("mini" if self.is_fallback else "m3", self.m3)
+        if strict and name and name not in known:
             message = f"there is no model {request.model!r} here; see GET /v1/models"
             raise ModelNotFoundError(message, "model")
         if not request.use_llm and name not in gemmas:
@@ -3269,12 +3099,13 @@ class Roles:
         return [role for role in (self.m3, self.gemma) if role is not None]
 
 
-def _names(role: Role | None) -> set[str]:
-    """What a request may call it: its file's name, and that of the model that it was made of."""
-    if role is None:
-        return set()
-    model = role.description
-    return {model.name.lower(), model.source.rpartition("/")[2].lower()} - {""}
+def _names(family: str, role: Role | None) -> set[str]:
+    """What a request may call it: by its family, its file, or the model that it was made of."""
+    names = {family, f"bge-reranker-v2-{family}"}
+    if role:
+        source = role.description.source.rpartition("/")[2]
+        names |= {role.description.name.lower(), source.lower()} - {""}
+    return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3478,7 +3309,7 @@ class Application:
         if request.cut.instruction and not role.description.prompt.instructed_query_prefix:
             message = f"{role.description.name} takes no 'instruction'"
             raise BadRequestError(message, "instruction")
-        self.metrics.replaced_passages.labels(role.name).inc(len(request.replaced))
+        self.metrics.add("replaced_passages", len(request.replaced), role.name)
         ranking = functools.partial(Ranking, request, call.path, role.description.name)
         m3, n, everything = self._roles.m3, request.llm_top_n, range(len(request.passages))
         if role is m3 or n is None:
@@ -4270,17 +4101,15 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return self._field("x-request-id")
 
     def _milliseconds(self) -> dict[str, float]:
-        call = self._call
-        seconds = {"queue": call.queue_s, "tokenise": call.tokenise_s}
-        seconds |= {"inference": call.inference_s, "total": call.seconds}
+        seconds = {**self._call.times, "total": self._call.seconds}
         return {name: round(value * 1000, 1) for name, value in seconds.items()}
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """With each answer: one line in the log, and the metrics. Prevents: lines on stderr."""
         application, call, status = self.server.application, self._call, int(code)
         route = endpoint_of(self.command, self.path) or "other"
-        application.metrics.requests.labels(route, str(status)).inc()
-        application.metrics.request_seconds.labels(route).observe(call.seconds)
+        application.metrics.add("requests", 1, route, str(status))
+        application.metrics.add("request_seconds", call.seconds, route)
         fields: dict[str, Any] = {"id": self._request_id(), "method": self.command or "?"}
         fields |= {"path": self.path[:200], "status": status}
         fields |= {"pairs": call.n_pairs, "tokens": call.n_tokens}

@@ -58,7 +58,7 @@ def serve(port_out: Connection) -> None:
     """The server's process: sends its port, and serves until it is terminated."""
     settings = server.Settings(port=0, cache_mb=0)
     engine: Any = FakeEngine()
-    role = server.LocalRole("m3", engine.description, settings, lambda *_: engine)
+    role = server.Role("m3", engine.description, settings, lambda *_: engine)
     running = server.RerankServer(server.Application(server.Roles(role), settings), settings)
     port_out.send(running.server_address[1])
     running.serve_forever()

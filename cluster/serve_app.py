@@ -15,6 +15,7 @@ takes a request, how many there are, and where they run is Ray Serve's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Sequence
@@ -43,18 +44,17 @@ from rerank_server import (
     Role,
     Roles,
     Scored,
+    Settings,
     UnavailableError,
     find_roles,
 )  # fmt: skip
 
-# A socket's settings belong to Serve's own proxy (http_options), threads are what Ray reserves, an idle replica is
-# Serve's to stop.
-NOT_HERE = ("host", "port", "tls_cert", "tls_key", "threads", "unload_idle_s", "drain_s", "log_format")
+# A socket's settings belong to Serve's own proxy (http_options), threads are what Ray reserves.
+NOT_HERE = ("host", "port", "tls_cert", "tls_key", "threads", "drain_s", "log_format")
 MAX_SCORINGS = 3  # of one request, each by another replica, when the replicas die that hold it
 MAX_THREADS = 1024  # of an actor; Serve's max_ongoing_requests is lower
 HOP_BY_HOP = ("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect")  # RFC 9110, 7.6.1
 WRITTEN_BY_THE_PROXY = ("server", "date", "connection")
-CALL_COUNTS = ("tokenise_s", "queue_s", "inference_s", "n_pairs", "n_tokens")
 
 
 # -- Between the processes ---------------------------------------------------------------------------------------------
@@ -79,10 +79,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Scores:
-    """A replica's answer. counts: what it measured, for the ingress's call."""
+    """A replica's answer, and what it measured for the ingress's call."""
 
     results: list[Scored]
-    counts: dict[str, float]
+    times: dict[str, float]
+    n_pairs: int
+    n_tokens: int
 
 
 # -- Replicas: one engine each -----------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Scorer:
             results = self._role.score(request, indices, call)
         except RequestError as error:
             return Refusal.of(error)
-        return Scores(results, {name: getattr(call, name) for name in CALL_COUNTS})
+        return Scores(results, call.times, call.n_pairs, call.n_tokens)
 
     def check_health(self) -> None:
         if not self._role.is_loaded():
@@ -127,9 +129,15 @@ class RemoteRole(Role):
     """A role whose pairs are made and scored by a replica of a deployment. It admits everything: the replica has the
     queue, and Serve's max_queued_requests bounds what waits."""
 
-    def __init__(self, role: Role, handle: DeploymentHandle[Any]) -> None:
-        super().__init__(role.name, role.description, role.calibration)
+    def __init__(self, role: Role, settings: Settings, handle: DeploymentHandle[Any]) -> None:
+        super().__init__(role.name, role.description, settings, calibration=role.calibration)
         self._handle = handle
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def admit(self, request: RerankRequest, n: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def is_loaded(self) -> bool:
         return bool(self._handle.running_replicas_populated())
@@ -151,8 +159,9 @@ class RemoteRole(Role):
                 raise UnavailableError(f"no replica for {self.name} could be started; see Serve's log") from None
             if isinstance(answer, Refusal):
                 raise answer.error()
-            for name, value in answer.counts.items():
-                setattr(call, name, getattr(call, name) + value)
+            for name, seconds in answer.times.items():
+                call.times[name] += seconds
+            call.n_pairs, call.n_tokens = call.n_pairs + answer.n_pairs, call.n_tokens + answer.n_tokens
             return answer.results
         raise UnavailableError(f"{MAX_SCORINGS} replicas of the {self.name} role died with this request")
 
@@ -191,7 +200,8 @@ class Ingress:
         m3.check_health.remote()  # connects the handle, which then knows whether a replica runs (GET /ready)
         settings = settings_of(values, NOT_HERE, host="127.0.0.1", port=0)
         handles = [m3] if gemma is None else [m3, gemma]
-        roles = Roles(*(RemoteRole(role, handle) for role, handle in zip(find_roles(settings), handles, strict=False)))
+        served = zip(find_roles(settings), handles, strict=False)
+        roles = Roles(*(RemoteRole(role, settings, handle) for role, handle in served))
         self._server = rerank_server.RerankServer(rerank_server.Application(roles, settings), settings)
         threading.Thread(target=self._server.serve_forever, name="accept", daemon=True).start()
         self._url = f"http://127.0.0.1:{self._server.server_address[1]}"

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 import rerank_server
-from rerank_server import OFF, ON, LocalRole, ModelError, Settings, SettingsError, find_roles
+from rerank_server import OFF, ON, ModelError, Role, Settings, SettingsError, find_roles
 
 Values = Mapping[str, Any]  # name -> value, as in rerank_server.Settings
 KNOWN = tuple(field.name for field in dataclasses.fields(Settings))
@@ -39,7 +39,7 @@ def actor_settings(values: Values, refused: Iterable[str] = ()) -> Settings:
     return settings_of(values, refused, threads=assigned_threads())
 
 
-def find_role(name: str, settings: Settings) -> LocalRole:
+def find_role(name: str, settings: Settings) -> Role:
     """Raises ModelError."""
     for role in find_roles(settings):
         if role.name == name:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Many clients at once, most of them badly behaved, against one server process: `python tests/soak.py --minutes 3`.
 
-They send every contract in many sizes, hang up, set deadlines, send too much, send nonsense. gemma is left alone now
-and then, so that it is freed and loaded again, and half way SIGTERM stops the server under load and another is started.
-The models are tiny float32 checkpoints made on the spot. What must hold: each request gets exactly one answer or a
-clean close; each score is the idle server's; resident memory is flat; no thread and no waiting request is left over;
-the server stops with status 0, both times. Exit status 0 when all of it did; the counts are printed.
+They send every contract in many sizes, hang up, set deadlines, send too much, send nonsense. Half way SIGTERM
+stops the server under load and another is started. The models are tiny float32 checkpoints made on the spot. What must
+hold: each request gets exactly one answer or a clean close; each score is the idle server's; resident memory is flat;
+no thread and no waiting request is left over; the server stops with status 0, both times. Exit status 0 when all of it
+did; the counts are printed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ from server_process import ServerProcess
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = 64
 ANSWER_TIMEOUT_S = 300.0  # requests take turns, so a long one beside 63 others is slow
-UNLOAD_IDLE_S = 1
-GEMMA_USED_S, GEMMA_LEFT_S = 6.0, 4.0  # by turns
 MAX_QUEUE_TOKENS = 40_000  # small, so that some requests are refused
 PAUSE_S = 1.0  # at most, of a client that was refused with 429
 MAX_BODY_MB = 1
@@ -83,7 +81,7 @@ class Soak:
         self.queries, self.passages = texts(self.seed)
         self.expected: dict[tuple[bool, int, int], float] = {}
         self._lock = threading.Lock()  # guards the counts
-        self._is_over, self._is_down, self.may_use_gemma = threading.Event(), threading.Event(), threading.Event()
+        self._is_over, self._is_down = threading.Event(), threading.Event()
         self._folder = tempfile.TemporaryDirectory()
         self._port = 0
         self._servers: list[ServerProcess] = []
@@ -93,8 +91,7 @@ class Soak:
 
     def _start(self) -> ServerProcess:
         arguments = ["--m3", self.files["m3"], "--gemma", self.files["gemma"], "--threads", 1, "--cache-mb", 0,
-                     "--unload-idle-s", UNLOAD_IDLE_S, "--max-queue-tokens", MAX_QUEUE_TOKENS,
-                     "--max-body-mb", MAX_BODY_MB, "--max-bodies-mb", 64]  # fmt: skip
+                     "--max-queue-tokens", MAX_QUEUE_TOKENS, "--max-body-mb", MAX_BODY_MB, "--max-bodies-mb", 64]
         with Path(self._folder.name, f"{len(self._servers)}.log").open("wb") as log:
             server = ServerProcess(*map(str, arguments), stderr=log)
         self._servers.append(server)
@@ -153,9 +150,7 @@ class Soak:
 
     def _load_for(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while (now := time.monotonic()) < end:
-            phase = (end - now) % (GEMMA_USED_S + GEMMA_LEFT_S)
-            (self.may_use_gemma.set if phase > GEMMA_LEFT_S else self.may_use_gemma.clear)()
+        while time.monotonic() < end:
             self._rss_bytes.append(self._metric("rerank_resident_bytes"))
             time.sleep(0.25)
 
@@ -181,10 +176,7 @@ class Soak:
         self._when_idle = self._counts_when_idle(server)
 
     def _counts_when_idle(self, server: ServerProcess) -> dict[str, int]:
-        """Once gemma is freed and no connection is open: threads and open files of the process (Linux)."""
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and server.health()["models"]["gemma"]["loaded"]:
-            time.sleep(0.1)
+        """Once no connection is open: threads and open files of the process (Linux)."""
         time.sleep(1)
         folders = {"threads": Path(f"/proc/{server.pid}/task"), "open files": Path(f"/proc/{server.pid}/fd")}
         return {name: len(list(folder.iterdir())) for name, folder in folders.items() if folder.is_dir()}
@@ -216,10 +208,8 @@ class Soak:
 
     def _check_logs(self) -> None:
         logs = self._logs()
-        n_freed, n_loaded = logs.count("freed after"), len(re.findall(r"gemma: \S+ loaded in", logs))
-        self.notes.append(f"gemma was freed {n_freed} times and loaded {n_loaded} times")
-        if not n_freed or "Traceback" in logs:
-            self.failures.append("gemma was never freed" if not n_freed else logs[logs.index("Traceback") :][:2000])
+        if "Traceback" in logs:
+            self.failures.append(logs[logs.index("Traceback") :][:2000])
 
     def compare(self, use_llm: bool, q: int, p: int, score: float) -> None:
         difference = abs(score - self.expected[use_llm, q, p])
@@ -328,12 +318,10 @@ def scored(soak: Soak, draw: random.Random, most: int, use_llm: bool = False, *h
 
 
 def with_gemma(soak: Soak, draw: random.Random) -> int | None:
-    return scored(soak, draw, 6, use_llm=True) if soak.may_use_gemma.is_set() else scored(soak, draw, 6)
+    return scored(soak, draw, 6, use_llm=True)
 
 
 def in_two_stages(soak: Soak, draw: random.Random) -> int | None:
-    if not soak.may_use_gemma.is_set():
-        return scored(soak, draw, 20)
     q, ps = drawn(soak, draw, 20)
     body = {"query": soak.queries[q], "documents": [soak.passages[p] for p in ps], "use_llm": True, "llm_top_n": 3}
     status, found = exchange(soak, message("/v1/rerank", body))

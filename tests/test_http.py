@@ -81,8 +81,8 @@ class Running:
     def __init__(self, with_gemma: bool = False, **changes: Any) -> None:
         settings = server.Settings(host="127.0.0.1", port=0, drain_s=10, **changes)
         self.engine = FakeEngine()
-        self.m3 = server.LocalRole("m3", describe_fake("fake-m3"), settings, self._load_m3)
-        gemma = server.LocalRole("gemma", describe_fake("fake-gemma"), settings, self._load_gemma)
+        self.m3 = server.Role("m3", describe_fake("fake-m3"), settings, self._load_m3)
+        gemma = server.Role("gemma", describe_fake("fake-gemma"), settings, self._load_gemma)
         self.local = [self.m3, gemma] if with_gemma else [self.m3]
         self.roles = server.Roles(*self.local)
         self.server = server.RerankServer(server.Application(self.roles, settings), settings)
@@ -345,9 +345,9 @@ def test_a_pair_is_scored_once_however_often_it_is_asked_for(running: Running) -
 def test_the_cache_forgets_the_least_recently_used_and_stays_in_its_bounds() -> None:
     cache = server.ScoreCache(3 * server.ScoreCache.ENTRY_BYTES)
     for key in (b"a", b"b", b"c"):
-        cache.put({key: 1.0}, 0)
+        cache.put({key: 1.0})
     cache.take([b"a"])
-    cache.put({b"d": 1.0}, 0)
+    cache.put({b"d": 1.0})
     assert set(cache.take([b"a", b"b", b"c", b"d"])) == {b"a", b"c", b"d"}
     assert cache.state()["entries"] == 3
 

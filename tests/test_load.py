@@ -44,18 +44,18 @@ class Loaded:
 
     def __init__(self, max_tokens: int = 100_000) -> None:
         self.queue = server.Queue(max_tokens)
-        self.stack = ExitStack()
+        self.stack, self.groups = ExitStack(), list[server.Job]()
 
     def group(self, *pairs: server.Pair) -> server.Job:
-        group = self.stack.enter_context(self.queue.admit(0))
-        self.queue.append(group, {one.key: one for one in pairs}, 0)
-        self.queue.complete(group)
-        return group
+        self.groups.append(self.stack.enter_context(self.queue.admit(0)))
+        self.queue.append(self.groups[-1], pairs, left=0)
+        return self.groups[-1]
 
     def next(self, max_tokens: int = 64, max_sequences: int = 8) -> list[server.Entry]:
-        batch = self.queue.next_batch(max_tokens, max_sequences, idle_s=0)
-        assert batch is not None
-        return batch
+        """Empty: nothing waits."""
+        if not any(group.waiting for group in self.groups):
+            return []
+        return self.queue.next_batch(max_tokens, max_sequences)
 
 
 def test_a_short_request_waits_for_one_decode_of_a_long_one() -> None:
@@ -122,7 +122,7 @@ def test_a_decode_has_one_prefix() -> None:
     loaded.group(pair(5, 5, [7, 7]), pair(5, 6, [9]))
     prefixes = []
     while batch := loaded.next():
-        prefixes.append({entry.prefix for entry in batch})
+        prefixes.append({entry.pair.prefix for entry in batch})
     assert all(len(prefix) == 1 for prefix in prefixes)
     assert len(prefixes) == 3
 
@@ -235,7 +235,7 @@ def busy() -> Iterator[Busy]:
 
 
 def waiting_tokens(busy: Busy) -> int:
-    return busy.m3.queue.n_tokens
+    return busy.m3.queue.n_tokens()
 
 
 def test_an_overloaded_server_refuses_before_it_tokenises() -> None:

@@ -1,4 +1,4 @@
-"""What an operator relies on: readiness, metrics, headers, the log, freeing an idle model."""
+"""What an operator relies on: readiness, metrics, headers, the log, stopping."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ class Operated(Running):
     def __init__(self, **changes: Any) -> None:
         self.may_load = threading.Event()
         self.may_load.set()
-        self.gemmas: list[FakeEngine] = []
         super().__init__(with_gemma=True, **changes)
 
     def _load_m3(self, *_: Any) -> Any:
@@ -39,9 +37,7 @@ class Operated(Running):
         return engine
 
     def _load_gemma(self, path: Path, settings: server.Settings, is_alone: bool = False) -> Any:  # type: ignore[override]
-        self.gemmas.append(FakeEngine())
-        self.gemmas[-1].block = self.engine.block
-        return self._loaded(self.gemmas[-1])
+        return self._loaded(FakeEngine())
 
     def metrics(self) -> dict[str, float]:
         """`name{label values, by the labels' names}` -> value."""
@@ -100,7 +96,7 @@ def test_metrics_show_what_waits_and_what_failed(operated: Operated) -> None:
     operated.engine.fail = RuntimeError("no")
     asking = threading.Thread(target=operated.rerank, args=({"query": "q", "passages": ["w " * 63, "w " * 62]},))
     asking.start()
-    until(lambda: operated.m3.queue.n_tokens == 63)
+    until(lambda: operated.m3.queue.n_tokens() == 63)
     found = operated.metrics()
     assert (found["rerank_queue_tokens{m3}"], found["rerank_queue_requests{m3}"]) == (63, 1)
     operated.engine.block.set()
@@ -201,38 +197,6 @@ def test_not_ready_while_stopping_and_open_without_a_key() -> None:
     operated.close()
 
 
-def gemma(operated: Operated, **fields: Any) -> int:
-    return operated.rerank({"query": "q", "passages": ["a"], "use_llm": True, **fields})[0]
-
-
-def test_an_idle_gemma_is_freed_and_loaded_again_on_demand() -> None:
-    operated = Operated(unload_idle_s=1, cache_mb=0)
-    assert gemma(operated) == operated.rerank(NATIVE)[0] == 200
-    until(lambda: operated.gemmas[0].closed)
-    assert operated.request("GET", "/health")[1]["models"]["gemma"]["loaded"] is False
-    assert operated.m3.is_loaded(), "m3 stays"
-    assert gemma(operated) == 200
-    assert [engine.closed for engine in operated.gemmas] == [1, 0]
-    operated.close()
-    assert [engine.closed for engine in operated.gemmas] == [1, 1]
-
-
-def test_a_gemma_in_use_is_not_freed() -> None:
-    operated = Operated(unload_idle_s=1, cache_mb=0)
-    assert gemma(operated) == 200
-    operated.engine.block.clear()
-    statuses: list[int] = []
-    asking = threading.Thread(target=lambda: statuses.append(gemma(operated)))
-    asking.start()
-    time.sleep(1.5)
-    assert operated.gemmas[0].closed == 0
-    operated.engine.block.set()
-    asking.join()
-    assert statuses == [200]
-    assert len(operated.gemmas) == 1
-    operated.close()
-
-
 def test_an_engine_that_hangs_does_not_hold_up_the_stop_for_ever(operated: Operated) -> None:
     operated.engine.block.clear()
     assert operated.rerank({"query": "q", "passages": ["a"], "timeout": 0.2})[0] == 504
@@ -249,7 +213,7 @@ def test_what_is_not_done_when_the_stopping_time_is_over_is_refused_and_not_cut_
     body = {"query": "q", "passages": ["a"]}
     asking = threading.Thread(target=lambda: answers.append(operated.rerank(body)[:2]))
     asking.start()
-    until(lambda: operated.m3.queue.n_requests)
+    until(operated.m3.queue.n_requests)
     assert operated.server.drain(0.1) is False
     asking.join()
     assert (answers[0][0], answers[0][1]["error_type"]) == (503, "model_unavailable")
@@ -271,14 +235,13 @@ def test_a_process_that_may_not_wait_any_longer_stops_with_status_0(gguf_of: Ggu
     assert (answers[0][0], answers[0][1]["error_type"]) == (503, "model_unavailable")
 
 
-def test_a_process_frees_gemma_and_logs_json(gguf_of: Gguf) -> None:
+def test_a_process_logs_json(gguf_of: Gguf) -> None:
     files = ("--m3", gguf_of("bi"), "--gemma", gguf_of("gemma"), "--threads", "1")
-    process = ServerProcess(*files, "--unload-idle-s", "1", "--log-format", "json")
+    process = ServerProcess(*files, "--log-format", "json")
     body: dict[str, Any] = {"query": "which?", "passages": ["this", "that one"], "use_llm": True}
     first = process.rerank(**body)[1]
-    until(lambda: process.health()["models"]["gemma"]["loaded"] is False)
     assert process.rerank(**{**body, "passages": ["that one", "this", "x"]})[1][:2] == pytest.approx(first[::-1])
     assert process.stop() == 0
     lines = [json.loads(line) for line in process.log.splitlines()]
-    assert any("freed after" in line["message"] for line in lines)
+    assert any("gemma: loaded in" in line["message"] for line in lines)
     assert sum(line.get("path") == "/rerank" for line in lines) == 2
