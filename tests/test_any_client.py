@@ -297,7 +297,7 @@ HALF: dict[str, Any] = {"query": "q", "documents": ["-2", "\ud83d 3", "1"], "ret
 
 
 def test_half_a_character_is_replaced_counted_and_told(served: Served) -> None:
-    counted = served.server.application.metrics.replaced_passages.labels("m3")
+    counted = served.server.application.metrics._named["replaced_passages"].labels("m3")
     before = counted._value.get()
     status, answer, headers = post(served, "/v1/rerank", HALF)
     assert (status, headers["X-Rerank-Replaced"]) == (200, "1")
