@@ -128,7 +128,7 @@ class RemoteRole(Role):
     queue, and Serve's max_queued_requests bounds what waits."""
 
     def __init__(self, role: Role, handle: DeploymentHandle[Any]) -> None:
-        super().__init__(role.name, role.description, role.calibration)
+        super().__init__(role.name, role.description)
         self._handle = handle
 
     def is_loaded(self) -> bool:
