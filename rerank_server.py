@@ -14,7 +14,7 @@ One request, from socket to floats:
                        -> waits for its job, watching the client
     scheduler thread   Queue.next_batch (the next job's turn) -> Engine.score (one llama.cpp decode)
                        -> Queue.finish
-    HTTP thread        Calibration.score (sigmoid; NaN refused) -> the contract's writer -> JSON
+    HTTP thread        score_of (sigmoid; NaN refused) -> the contract's writer -> JSON
 
 Only a model's one scheduler thread touches its llama context, so no lock guards it. Tokenising is
 safe from any thread (llama.h).
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import array
 import base64
-import bisect
 import configparser
 import contextlib
 import ctypes
@@ -115,8 +114,6 @@ class Settings:
     models: str = _setting(
         str(HERE / "models"),
         f"folders with GGUF files, with {os.pathsep} between them; earlier ones go first")
-    calibration: Path | None = _setting(
-        None, "JSON file of bench.calibrate: scores are probabilities on judged data")
     max_length: int = _setting(
         1024, "longest pair in tokens; longer ones are truncated as the reference does",
         MIN_MAX_LENGTH_TOKENS, MAX_MAX_LENGTH_TOKENS)
@@ -521,7 +518,6 @@ class RerankRequest:
     ids: tuple[Any, ...] | None = None
     cut: Cut = Cut()
     on_overflow: str = TRUNCATE
-    return_characters_read: bool = False
     timeout_s: float = math.inf
     texts: str = "passages"
     documents: tuple[Any, ...] = ()
@@ -794,7 +790,6 @@ FIELDS = (  # what each does is said in docs/openapi.py
     Field("on_overflow", _OVERFLOW, is_own=True),
     Field("truncation_direction", _KEEP_END, "keep_end", ("tei",)),
     Field("truncation_side", _KEEP_END, "keep_end"),
-    Field("return_characters_read", _BOOLEAN, is_own=True),
     Field("timeout", _SECONDS, "timeout_s", is_own=True),
 )
 
@@ -962,23 +957,6 @@ class Pairs:
         n_dropped = len(ids) - len(prefix) - min(len(rest), starts[-1] + size)
         return [frame.pair([*prefix, *rest[at : at + size]], n_dropped) for at in starts]
 
-    def room(self, query: str, cut: Cut = Cut()) -> int:
-        return max(0, min(self._frame_for(query, cut).room, cut.max_passage or MANY))
-
-    def n_characters(self, passage: str, n_tokens: int, keep_end: bool = False) -> int:
-        """How much of the passage's start (or end) so many tokens are, to within a word. Searched
-        for: no tokenizer here says where in the text a token begins."""
-
-        def n_tokens_of(n: int) -> int:
-            part = passage[len(passage) - n :] if keep_end else passage[:n]
-            return len(self._passage_ids(part))
-
-        near = max(1, n_tokens)
-        while near < len(passage) and n_tokens_of(near) <= n_tokens:  # a long rest stays text
-            near *= 2
-        lengths = range(min(near, len(passage)) + 1)
-        return bisect.bisect_right(lengths, n_tokens, key=n_tokens_of) - 1
-
     def _passage_ids(self, passage: str) -> list[int]:
         return self._tokenize(self.passage_prefix + passage)
 
@@ -1118,14 +1096,6 @@ def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> li
             message = f"'{name}' is {pair.n_dropped} tokens too long for one pair with its query"
             raise BadRequestError(message, name)
     return made
-
-
-def characters_read(request: RerankRequest, pairs: Pairs, index: int) -> int:
-    """How much of a passage that was cut the model saw. All of it: then the query was cut."""
-    passage, cut = request.passages[index], request.cut
-    is_cut = request.on_overflow != CHUNK
-    room = pairs.room(request.query_of(index), cut) if is_cut else cut.max_passage
-    return len(passage) if room is None else pairs.n_characters(passage, room, cut.keep_end)
 
 
 class VocabTokenizer:
@@ -1769,6 +1739,8 @@ class ModelDescription:
     is_quantized: bool = True  # the layers' matrices have 8 bits or fewer for each weight
     is_exact: bool = False  # they have 8 bits or more
     doubt: str = ""  # why it does not take a role by itself
+    calibration_scale: float = 1.0  # of bench.calibrate: score = sigmoid(scale * logit + bias)
+    calibration_bias: float = 0.0
 
     @property
     def name(self) -> str:
@@ -1799,7 +1771,11 @@ def describe(gguf: GgufFile) -> ModelDescription:
         "is_quantized": not _layer_types(gguf) & _FLOAT_TYPES,
         "is_exact": _layer_types(gguf) <= _FLOAT_TYPES | {_Q8_0}, "doubt": _doubt_of(gguf, kind),
         "is_nfc": gguf.metadata.get("tokenizer.ggml.model") == "gpt2",
+        "calibration_scale": gguf.get("rerank.calibration_scale", 1.0),
+        "calibration_bias": gguf.get("rerank.calibration_bias", 0.0),
     }
+    if common["calibration_scale"] <= 0:
+        raise gguf.refusal("its rerank.calibration_scale is not above 0")
     return ModelDescription(**common, **_DESCRIBE[kind](gguf))
 
 
@@ -2719,46 +2695,8 @@ def sigmoid(logit: float) -> float:
     return (exponential if logit < 0 else 1.0) / (1.0 + exponential)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A rising curve: the order of scores stays. Without a file: the plain sigmoid."""
-
-    scale: float = 1.0
-    bias: float = 0.0
-
-    def score(self, logit: float) -> float:
-        """Raises EngineError for NaN and infinities."""
-        return sigmoid(self.scale * logit + self.bias)
-
-
-def read_calibrations(path: Path, models: Sequence[ModelDescription]) -> dict[str, Calibration]:
-    """From a file of bench.calibrate: a model's name -> its map, for those of `models` in it.
-    Raises SettingsError where it is for none of them, or for another file of the same name."""
-    try:
-        listed = json.loads(path.read_bytes())["calibrations"]
-        entries = {entry["file"]: entry for entry in listed}
-        known = [model for model in models if model.path.name in entries]
-        found = {model.name: _calibration_of(entries[model.path.name], model) for model in known}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        what = f"not a file of `python -m bench.calibrate` ({error})"
-        raise SettingsError(f"--calibration {path}: {what}") from None
-    if not found:
-        fitted, served = ", ".join(entries), ", ".join(model.path.name for model in models)
-        what = f"was fitted for {fitted or 'nothing'}, not for {served}"
-        raise SettingsError(f"--calibration {path} {what}")
-    return found
-
-
-def _calibration_of(entry: dict[str, Any], model: ModelDescription) -> Calibration:
-    for name in ("kind", "quantization", "file_bytes"):
-        if entry[name] != getattr(model, name):
-            raise SettingsError(
-                f"--calibration was fitted for another {model.path.name} (its {name} was "
-                f"{entry[name]!r}): run `python -m bench.calibrate` with this one")
-    scale, bias = float(entry["scale"]), float(entry["bias"])
-    if not (math.isfinite(scale) and math.isfinite(bias) and scale > 0):
-        raise ValueError(f"scale {scale} and bias {bias} make no rising curve")
-    return Calibration(scale, bias)
+def score_of(model: ModelDescription, logit: float) -> float:
+    return sigmoid(model.calibration_scale * logit + model.calibration_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2771,7 +2709,6 @@ class Scored:
     model: str
     n_tokens: int
     truncated: bool
-    characters_read: int | None = None  # where it was cut, if that was asked for
 
     def value(self, request: RerankRequest) -> float:
         return self.logit if request.raw_scores else self.score
@@ -2851,10 +2788,8 @@ class Role:
     def __init__(
         self, name: str, description: ModelDescription, settings: Settings,
         load: Callable[[Path, Settings, bool], Engine] = load_engine,
-        calibration: Calibration | None = None,
     ) -> None:
         self.name, self.description = name, description
-        self.calibration = calibration or Calibration()
         self._settings, self._load = settings, load
         self.metrics = Metrics()  # until Roles gives it another
         self.queue = Queue(settings.max_queue_tokens)
@@ -2954,7 +2889,7 @@ class Role:
         for name, seconds in call.times.items():
             self.metrics.add(f"{name}_seconds", seconds - before[name], self.name)
         results = [
-            self._scored(logits, request, engine.pairs, call, index, *one)
+            self._scored(logits, index, *one)
             for index, one in zip(indices, asked, strict=True)
         ]
         self.metrics.add("truncated_passages", sum(one.truncated for one in results), self.name)
@@ -2985,17 +2920,12 @@ class Role:
         ]
 
     def _scored(
-        self, logits: dict[bytes, float], request: RerankRequest, pairs: Pairs, call: Call,
-        index: int, keys: Sequence[bytes], n_tokens: int, truncated: bool,
+        self, logits: dict[bytes, float], index: int, keys: Sequence[bytes], n_tokens: int,
+        truncated: bool,
     ) -> Scored:
-        """Of windows the best counts."""
-        read = None
-        if request.return_characters_read and truncated:
-            call.check()
-            read = characters_read(request, pairs, index)
-        logit = max(logits[key] for key in keys)
-        score, model = self.calibration.score(logit), self.description.name
-        return Scored(index, logit, score, model, n_tokens, truncated, read)
+        logit = max(logits[key] for key in keys)  # of windows the best counts
+        score = score_of(self.description, logit)
+        return Scored(index, logit, score, self.description.name, n_tokens, truncated)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Answers what was submitted, then frees the model. False: it took longer."""
@@ -3018,12 +2948,8 @@ def find_roles(settings: Settings) -> list[Role]:
         raise ModelError(
             f"no model in {folders}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
             "`make mini` for the small one that needs no Hub")
-    models = [m3, gemma] if gemma else [m3]
-    maps = read_calibrations(settings.calibration, models) if settings.calibration else {}
-    return [
-        Role(name, model, settings, calibration=maps.get(model.name))
-        for name, model in zip(("m3", "gemma"), models, strict=False)
-    ]
+    models = {"m3": m3, "gemma": gemma}
+    return [Role(name, model, settings) for name, model in models.items() if model]
 
 
 def file_for(
@@ -3140,7 +3066,6 @@ def _written(
         more = {
             "model": result.model, "id": request.ids and request.ids[index],
             "truncated": result.truncated or None, "replaced": index in request.replaced or None,
-            "characters_read": result.characters_read,
         }
         if has_more:
             entry |= {name: value for name, value in more.items() if value is not None}
@@ -4173,13 +4098,10 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
 
 
 def _role_lines(title: str, role: Role, settings: Settings) -> Iterator[str]:
-    model, calibration = role.description, role.calibration
+    model = role.description
     yield f"  {title}  {os.path.relpath(model.path)}"
     about = _model_lines(model, model.max_length(settings), role.state().get("arithmetic"))
     yield from (f"    {line}" for line in about)
-    if calibration != Calibration():
-        line = f"sigmoid({calibration.scale:.4g} x logit {calibration.bias:+.4g})"
-        yield f"    calibrated: {line}"
 
 
 def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None) -> Iterator[str]:
@@ -4191,6 +4113,9 @@ def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None)
         yield f"made of {model.source}"
     for key in model.fixes:
         yield f"set right while loading: {key} = {FIXED_VALUES[key]}"
+    if (model.calibration_scale, model.calibration_bias) != (1, 0):
+        line = f"{model.calibration_scale:.4g} x logit {model.calibration_bias:+.4g}"
+        yield f"calibrated: sigmoid({line})"
 
 
 def unconverted(folders: Iterable[Path]) -> Iterator[str]:
@@ -4324,7 +4249,7 @@ def _check_lines(engine: Engine) -> Iterator[str]:
             yield f"{name} {text!r}"
     logits = score_all(engine, engine.pairs.make(query, passages))
     for passage, logit in zip(passages, logits, strict=True):
-        yield f"{query!r} / {passage!r}: {sigmoid(logit):.4f}"
+        yield f"{query!r} / {passage!r}: {score_of(model, logit):.4f}"
 
 
 def _score_lines(engine: Engine, lines: Iterable[str]) -> None:
@@ -4366,7 +4291,8 @@ def _shown_pair(engine: Engine, pair: Pair, logit: float) -> dict[str, Any]:
         "ids": list(pair.ids), "pieces": engine.pieces(pair.ids),
         "query_ids": list(pair.query_ids), "query_pieces": engine.pieces(pair.query_ids),
         "passage_start": pair.passage_start, "n_dropped": pair.n_dropped,
-        "truncated": pair.truncated, "logit": logit, "score": sigmoid(logit),
+        "truncated": pair.truncated, "logit": logit,
+        "score": score_of(engine.description, logit),
     }
     return {name: value for name, value in shown.items() if value != []}
 

@@ -9,6 +9,7 @@ slower or busier does so for all. Writes bench/results/MODEL.md, .json and .png;
 from __future__ import annotations
 
 import argparse
+import bisect
 import math
 import signal
 import statistics
@@ -109,9 +110,19 @@ def draw_rounds(file: Path, texts: Texts, scenarios: Sequence[Scenario], n_runs:
 
 def shortened(request: Request, engine: rerank_server.Engine) -> Request:
     """With passages cut to what fits a pair: llama-server answers 500 to a longer one, the others cut it themselves."""
-    room = engine.pairs.room(request.query, rerank_server.Cut(MAX_LENGTH_TOKENS)) - SPARE_TOKENS
-    cut = (passage[: engine.pairs.n_characters(passage, room)] for passage in request.passages)
-    return Request(request.query, tuple(cut))
+    cut = rerank_server.Cut(MAX_LENGTH_TOKENS - SPARE_TOKENS)
+
+    def is_too_long(text: str) -> bool:
+        (pair,) = engine.pairs.make(request.query, [text], cut)
+        return pair.truncated
+
+    def fitting(passage: str) -> str:
+        lengths = range(len(passage) + 1)
+        n_too_long = bisect.bisect_left(lengths, True, key=lambda n: is_too_long(passage[:n]))
+        return passage[: max(0, n_too_long - 1)]
+
+    passages = (fitting(passage) if is_too_long(passage) else passage for passage in request.passages)
+    return Request(request.query, tuple(passages))
 
 
 def measure(running: Running, round_: Round, samples: Samples) -> None:

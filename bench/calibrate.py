@@ -1,10 +1,11 @@
-"""Makes a score a probability: `python -m bench.calibrate SYSTEM --data DIR --out FILE.json`.
+"""Makes a score a probability: `python -m bench.calibrate SYSTEM --data DIR --out FILE.gguf`.
 
 SYSTEM is a GGUF file, or mini, m3 or gemma (the file that the server would take), DIR a collection in BEIR's layout
 or a folder of such. The candidates of its queries are scored (bench.quality says where they come from), and a logistic
 map, probability = 1 / (1 + exp(-(scale * logit + bias))), is fitted to the judgements by maximum likelihood. What is
-not judged counts as irrelevant. The server applies the map with --calibration FILE.json; a score of 0.5 then means
-that half of the candidates with that score are relevant, among candidates like those in DIR.
+not judged counts as irrelevant. FILE.gguf is a copy of SYSTEM's file that holds the map (rerank.calibration_scale and
+rerank.calibration_bias): served in SYSTEM's place, a score of 0.5 means that half of the candidates with that score are
+relevant, among candidates like those in DIR.
 
 --negatives N scores only so many irrelevant candidates of each query, and weights them for those left out. --balanced
 weighs relevant and irrelevant ones the same, whatever their share: 0.5 is then where both would be equally likely, were
@@ -12,7 +13,7 @@ both equally frequent. This is how mini's own curve was made (convert/models.py)
 
 Expected calibration error (Guo et al. 2017; 15 bins of equal width): the mean distance between score and share of
 relevant ones. "after" is measured on queries that were not fitted on (5 folds); what is written is fitted on all of
-them. FILE.png is the reliability plot. A FILE.json with other files' maps keeps them.
+them. FILE.json has all of this, FILE.png is the reliability plot.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rerank_server
 from bench import beir, quality, report
 from bench.metrics import FloatArray
+from convert.errors import ConvertError
+from convert.gguf_file import GgufFile
 
 ROOT = Path(__file__).resolve().parent.parent
+SCALE, BIAS = "rerank.calibration_scale", "rerank.calibration_bias"
 N_BINS = 15
 N_FOLDS = 5
 SEED = 20260101
@@ -156,7 +160,7 @@ def pairs_of(
 
 
 def result_of(scorer: quality.FileScorer, judged: Judged, about: dict[str, Any]) -> dict[str, Any]:
-    """An entry of the JSON file. Raises UnusableError where logits do not rise with relevance."""
+    """The JSON file. Raises UnusableError where logits do not rise with relevance."""
     scale, bias = fit(judged)
     if scale <= 0:
         raise quality.UnusableError("relevant candidates have no higher logits than others: nothing to calibrate")
@@ -211,20 +215,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
     report.save(figure, pyplot, path)
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """Beside the maps of other files that the JSON file has already. Raises UnusableError where it is no such file."""
-    others = []
-    if path.is_file():
-        try:
-            kept = json.loads(path.read_bytes())["calibrations"]
-            others = [entry for entry in kept if entry["file"] != result["file"]]
-        except (ValueError, KeyError, TypeError):
-            raise quality.UnusableError(f"--out {path}: there is a file already that holds no calibrations") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps({"calibrations": [*others, result]}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-    plot(result, path.with_suffix(".png"))
+def check_out(out: Path, model: rerank_server.ModelDescription) -> None:
+    """Before the long work. Raises UnusableError where --out names a file that this program did not make."""
+    if out.suffix != ".gguf" or (out.exists() and out.samefile(model.path)):
+        raise quality.UnusableError(f"--out {out}: a calibrated copy is another file, and its name ends in .gguf")
+    if out.exists() and SCALE not in GgufFile.open(out).metadata:
+        raise quality.UnusableError(f"--out {out}: there is a file already that is no calibrated copy")
+
+
+def write(result: dict[str, Any], model: Path, out: Path) -> None:
+    """The copy of the model's file with the map in it, and the report beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    try:
+        GgufFile.open(model).copy_with(part, {SCALE: result["scale"], BIAS: result["bias"]})
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, out.with_suffix(".png"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -236,25 +245,28 @@ def parser() -> argparse.ArgumentParser:
     quality.add_data_arguments(parser)
     parser.add_argument("--negatives", type=int, metavar="N", help="irrelevant candidates of each query (default: all)")
     parser.add_argument("--balanced", action="store_true", help="both kinds weigh the same")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "calibration.json", metavar="FILE.json",
-                        help="default: build/calibration.json")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE.gguf", help="default: build/NAME-calibrated.gguf")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Raises what bench.quality.USER_ERRORS lists."""
+    """Raises ConvertError, and what bench.quality.USER_ERRORS lists."""
     settings = quality.settings_of(arguments)
     tasks = quality.make_tasks(arguments)
     scorer = quality.find_system(arguments.system, settings, 0).open()
     try:
         if not isinstance(scorer, quality.FileScorer):
             raise quality.UnusableError(f"{arguments.system!r}: a calibration is fitted for one GGUF file")
+        model = scorer.engine.description
+        out = arguments.out or ROOT / "build" / f"{model.name}-calibrated.gguf"
+        check_out(out, model)
         judged = judge(scorer, tasks, arguments.negatives, arguments.balanced)
         about = {"collections": [task.about() for task in tasks], "balanced": arguments.balanced,
                  "negatives": arguments.negatives}  # fmt: skip
         result = result_of(scorer, judged, about)
-        write(result, arguments.out)
-        print(f"{text_of(result)}\n  {arguments.out}: start the server with --calibration {arguments.out}")
+        write(result, model.path, out)
+        flag = "--gemma" if model.kind == rerank_server.YES_LOGIT else "--m3"
+        print(f"{text_of(result)}\n  {out}: start the server with {flag} {out}")
     finally:
         scorer.close()
 
@@ -264,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         run(arguments)
-    except quality.USER_ERRORS as error:
+    except (*quality.USER_ERRORS, ConvertError) as error:
         print(f"bench.calibrate: {error}", file=sys.stderr)
         return 1
     return 0

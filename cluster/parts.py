@@ -30,6 +30,7 @@ from rerank_server import (
     load_engine,
     pairs_of,
     score_all,
+    score_of,
 )
 
 # logit: exact where scores saturate at 1.0. row: its number in the input, from 0.
@@ -138,7 +139,7 @@ class Scorer:
     def __init__(self, name: str, settings: Settings) -> None:
         """Raises ModelError."""
         role = find_role(name, settings)
-        self.path, self._model, self._calibration = role.description.path, role.description.name, role.calibration
+        self.path, self._model = role.description.path, role.description
         self._engine = load_engine(self.path, settings)
 
     def results(self, rows: Sequence[Row]) -> list[Scored | EngineError]:
@@ -167,10 +168,10 @@ class Scorer:
         if isinstance(logit, EngineError):
             return logit
         try:
-            score = self._calibration.score(logit)
+            score = score_of(self._model, logit)
         except EngineError as error:
             return error
-        return Scored(index, logit, score, self._model, len(pair.ids) + len(pair.query_ids), pair.truncated)
+        return Scored(index, logit, score, self._model.name, len(pair.ids) + len(pair.query_ids), pair.truncated)
 
     def close(self) -> None:
         self._engine.close()

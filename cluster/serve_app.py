@@ -130,7 +130,7 @@ class RemoteRole(Role):
     queue, and Serve's max_queued_requests bounds what waits."""
 
     def __init__(self, role: Role, settings: Settings, handle: DeploymentHandle[Any]) -> None:
-        super().__init__(role.name, role.description, settings, calibration=role.calibration)
+        super().__init__(role.name, role.description, settings)
         self._handle = handle
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Reads a GGUF file's header, checks a file's tensors, and fills in rerank.verification in place.
+"""Reads a GGUF file's header, checks a file's tensors, fills in rerank.verification in place, and copies a file with
+further numbers in its header.
 
 Not gguf.GGUFReader: that maps the whole file and makes several objects for every token of the vocabulary, about 1 GB
 for 250,000 of them. Format: ggml's docs/gguf.md, version 3, little-endian.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ MAX_COUNT = 1 << 24  # keys, tensors, array elements: more is a damaged header
 MAX_STRING_BYTES = 1 << 24
 SHORT_ARRAY = 4096  # longer arrays (vocabularies) are passed over
 CHECKED_ROWS = 64  # of each end of a tensor
+DIGEST_BYTES = 64  # of a SHA-256, in hexadecimal
+COPIED_BYTES = 1 << 24  # at once
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _DOUBLE = 8, 9, 12
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """metadata: scalars, strings and short arrays; a long array is None. positions: key -> byte where its text is."""
+    """metadata: scalars, strings and short arrays; a long array is None. items: key -> first byte and end of all that
+    the header holds of it; infos: the same of what it says of the tensors."""
 
     path: Path
     metadata: dict[str, Any]
-    positions: dict[str, int]
+    items: dict[str, tuple[int, int]]
     tensors: dict[str, StoredTensor]
+    infos: tuple[int, int]
 
     @staticmethod
     def open(path: Path) -> GgufFile:
@@ -99,12 +105,47 @@ class GgufFile:
         if len(text) > room:
             raise ConvertError(f"{self.path}: {key} has room for {room} bytes, {len(text)} are needed")
         with self.path.open("r+b") as stream:
-            stream.seek(self.positions[key])
+            stream.seek(self.items[key][1] - room)
             stream.write(text.ljust(room).encode())
-            stream.seek(0)
-            header = stream.read(min(tensor.start for tensor in self.tensors.values()))
-            stream.seek(self.positions["rerank.header_sha256"])
-            stream.write(hashlib.sha256(header).hexdigest().encode())
+        self._seal()
+
+    def _digest(self) -> tuple[int, str]:
+        """Where rerank.header_sha256 lies, and what it should be."""
+        place = self.items["rerank.header_sha256"][1] - DIGEST_BYTES
+        with self.path.open("rb") as stream:
+            header = bytearray(stream.read(self._data_start))
+        header[place : place + DIGEST_BYTES] = b"0" * DIGEST_BYTES
+        return place, hashlib.sha256(header).hexdigest()
+
+    def _seal(self) -> None:
+        place, digest = self._digest()
+        with self.path.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(digest.encode())
+
+    @property
+    def _data_start(self) -> int:
+        return min(tensor.start for tensor in self.tensors.values())
+
+    def copy_with(self, path: Path, numbers: dict[str, float]) -> None:
+        """The same file with these numbers (64 bits) in its header, in place of those of the same keys. The tensors'
+        bytes are copied as they are; a rerank.header_sha256 that is right is made anew. Raises OSError."""
+        alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        with self.path.open("rb") as source, path.open("wb") as copy:
+            header = source.read(self._data_start)
+            kept = [header[start:end] for key, (start, end) in self.items.items() if key not in numbers]
+            new = [struct.pack("<Q", len(key)) + key.encode() + struct.pack("<Id", _DOUBLE, value)
+                   for key, value in numbers.items()]  # fmt: skip
+            copy.write(header[:16] + struct.pack("<Q", len(kept) + len(new)))  # magic, version, tensors; keys
+            copy.writelines([*kept, *new, header[slice(*self.infos)]])
+            copy.write(bytes(-copy.tell() % alignment))
+            shutil.copyfileobj(source, copy, COPIED_BYTES)
+        key = "rerank.header_sha256"
+        if key in self.items and self.metadata[key] == self._digest()[1]:
+            GgufFile.open(path)._seal()
+
+
+_Described = tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]  # name, shape, type, offset
 
 
 class _Reader:
@@ -117,13 +158,15 @@ class _Reader:
         version, n_tensors, n_keys = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
         if version not in (2, 3) or max(n_tensors, n_keys) > MAX_COUNT:
             raise ValueError(f"version {version} with {n_tensors} tensors and {n_keys} keys")
-        positions: dict[str, int] = {}
-        metadata = dict(self._item(positions) for _ in range(n_keys))
-        tensors = list(self._tensors(n_tensors, metadata))
-        return GgufFile(self._path, metadata, positions, {tensor.name: tensor for tensor in tensors})
+        items: dict[str, tuple[int, int]] = {}
+        metadata = dict(self._item(items) for _ in range(n_keys))
+        start = self._stream.tell()
+        described = [self._tensor() for _ in range(n_tensors)]
+        infos = (start, self._stream.tell())
+        tensors = {tensor.name: tensor for tensor in self._tensors(described, metadata)}
+        return GgufFile(self._path, metadata, items, tensors, infos)
 
-    def _tensors(self, count: int, metadata: dict[str, Any]) -> Iterator[StoredTensor]:
-        described = [self._tensor() for _ in range(count)]
+    def _tensors(self, described: list[_Described], metadata: dict[str, Any]) -> Iterator[StoredTensor]:
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
@@ -134,7 +177,7 @@ class _Reader:
                 raise ValueError(f"truncated: tensor {name} ends at byte {tensor.start + tensor.n_bytes:,}")
             yield tensor
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+    def _tensor(self) -> _Described:
         name, n_dimensions = self._string(), self._scalar("I")
         if not 1 <= n_dimensions <= 4:
             raise ValueError(f"tensor {name} has {n_dimensions} dimensions")
@@ -144,11 +187,12 @@ class _Reader:
             raise ValueError(f"tensor {name} of shape {list(shape)} cannot be {kind.name}")
         return name, shape, kind, offset
 
-    def _item(self, positions: dict[str, int]) -> tuple[str, Any]:
+    def _item(self, items: dict[str, tuple[int, int]]) -> tuple[str, Any]:
+        start = self._stream.tell()
         key, kind = self._string(), self._scalar("I")
-        if kind == _STRING:
-            positions[key] = self._stream.tell() + 8
-        return key, self._value(kind)
+        value = self._value(kind)
+        items[key] = (start, self._stream.tell())
+        return key, value
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -48,8 +48,6 @@ FIELD_HELP = {
                    "overlapping windows of which the best counts (chunk)",
     "truncation_direction": "the end of a document that is cut",
     "truncation_side": "the end of a document that is cut",
-    "return_characters_read": "of a document that was cut, say how many characters were read, to "
-                              "within a word",
     "timeout": "seconds after which the answer is 504 and the rest is not scored",
 }  # fmt: skip
 RANK_FIELDS = "names of the keys of an object whose texts count, joined by line ends (Cohere v1)"
@@ -226,8 +224,7 @@ def request_schema(contract: str) -> Schema:
 
 
 def _results(score: str, has_model: bool = True, **document: Schema) -> Schema:
-    optional = {"model": _STRING, "id": {}, "truncated": _BOOLEAN, "replaced": _BOOLEAN,
-                "characters_read": _INTEGER, **document}  # fmt: skip
+    optional = {"model": _STRING, "id": {}, "truncated": _BOOLEAN, "replaced": _BOOLEAN, **document}
     required = ["index", score, *(["model"] if has_model else [])]
     return _list(_object(required, index=_INTEGER, **{score: _NUMBER}, **optional))
 

@@ -1,20 +1,22 @@
-"""A calibrated score is a probability; the server applies exactly the fitted map, and only to the file it is for."""
+"""A calibrated score is a probability; the server applies exactly the fitted map, which the file itself holds."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+from conftest import Gguf
 from server_process import ROOT, ServerProcess
 
 import rerank_server
 from bench import calibrate
+from convert.gguf_file import GgufFile
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "quality"
 MINI = ROOT / "models" / "mini-Q8_0.gguf"
@@ -65,31 +67,74 @@ def test_calibrating_lowers_the_error_on_queries_that_were_not_fitted_on() -> No
     assert after < 0.02
 
 
-# --- the whole way: judged data -> file -> server -------------------------------------------------------------------
+# --- the whole way: judged data -> GGUF file -> server -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not MINI.is_file():
         pytest.skip(f"{MINI} is not there: `make mini` makes it")
-    path = tmp_path_factory.mktemp("calibration") / "mini.json"
+    path = tmp_path_factory.mktemp("calibration") / "mini-calibrated.gguf"
     assert calibrate.main([str(MINI), "--data", str(SAMPLE), "--balanced", "--out", str(path)]) == 0
     return path
 
 
-def test_the_file_says_what_it_was_fitted_for_and_how_good_it_is(calibration: Path) -> None:
+def test_the_report_says_what_was_fitted_and_how_good_it_is(calibrated: Path) -> None:
     """A threshold is only as good as the data behind it."""
-    [entry] = json.loads(calibration.read_text())["calibrations"]
+    entry = json.loads(calibrated.with_suffix(".json").read_text())
     assert entry["file"] == MINI.name
     assert (entry["kind"], entry["quantization"], entry["file_bytes"]) == ("bi-encoder", "Q8_0", MINI.stat().st_size)
     assert entry["expected_calibration_error"]["after"] < entry["expected_calibration_error"]["before"]
     assert entry["queries"] == 30
-    assert calibration.with_suffix(".png").stat().st_size > 1000
+    assert calibrated.with_suffix(".png").stat().st_size > 1000
+    assert not list(calibrated.parent.glob("*.part"))
 
 
-def test_the_server_applies_the_map_to_scores_and_leaves_logits_and_order(calibration: Path, mini_server: str) -> None:
+def test_the_copy_differs_in_the_map_alone(calibrated: Path) -> None:
+    """A tensor that moved by a byte, or a key that got lost, is another model."""
+    entry = json.loads(calibrated.with_suffix(".json").read_text())
+    numbers = {calibrate.SCALE: entry["scale"], calibrate.BIAS: entry["bias"]}
+    assert_copy(MINI, calibrated, numbers)
+    assert rerank_server.GgufFile.open(calibrated).header_is_intact(), "else it is checked in full at each start"
+
+
+def assert_copy(source: Path, copy: Path, numbers: dict[str, float]) -> None:
+    """By the gguf package's own reader, which had no part in making it."""
+    old, new = gguf.GGUFReader(source), gguf.GGUFReader(copy)
+    own = ("GGUF.", "rerank.header_sha256")
+    contents = [{key: field.contents() for key, field in reader.fields.items() if not key.startswith(own)}
+                for reader in (old, new)]  # fmt: skip
+    assert contents[1] == contents[0] | numbers
+    assert len(new.tensors) == len(old.tensors)
+    for left, right in zip(old.tensors, new.tensors, strict=True):
+        assert (left.name, left.tensor_type, list(left.shape)) == (right.name, right.tensor_type, list(right.shape))
+        assert left.data.tobytes() == right.data.tobytes()
+
+
+def test_a_copy_of_a_copy_has_the_new_map_alone(gguf_of: Gguf, tmp_path: Path) -> None:
+    """A file that was calibrated for other data is calibrated again, not twice."""
+    source, numbers = gguf_of("bert"), {calibrate.SCALE: 0.5, calibrate.BIAS: -1.25}
+    once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
+    GgufFile.open(source).copy_with(once, {calibrate.SCALE: 3.0, calibrate.BIAS: 1.0})
+    GgufFile.open(once).copy_with(twice, numbers)
+    assert_copy(source, twice, numbers)
+    opened = rerank_server.GgufFile.open(twice)
+    assert opened.header_is_intact()
+    model = rerank_server.describe(opened)
+    assert (model.calibration_scale, model.calibration_bias) == (0.5, -1.25)
+
+
+def test_a_header_that_was_changed_does_not_become_right_by_copying(gguf_of: Gguf, tmp_path: Path) -> None:
+    """The server checks a file in full unless its header is what was verified."""
+    changed, copy = tmp_path / "changed.gguf", tmp_path / "copy.gguf"
+    changed.write_bytes(gguf_of("bert").read_bytes().replace(b"rerank.source", b"rerank.sourcE", 1))
+    GgufFile.open(changed).copy_with(copy, {calibrate.SCALE: 0.5})
+    assert not rerank_server.GgufFile.open(copy).header_is_intact()
+
+
+def test_the_server_applies_the_map_to_scores_and_leaves_logits_and_order(calibrated: Path, mini_server: str) -> None:
     """A threshold on a score that is mapped otherwise, or twice, is worth nothing."""
-    server = ServerProcess("--m3", MINI, "--calibration", calibration)
+    server = ServerProcess("--m3", calibrated)
     try:
         assert "calibrated: sigmoid(" in server.report
         plain = ranked(mini_server_of(mini_server), raw_scores=True)
@@ -97,7 +142,7 @@ def test_the_server_applies_the_map_to_scores_and_leaves_logits_and_order(calibr
         _, native, _ = server.rerank(query=QUERY, passages=DOCUMENTS)
     finally:
         assert server.stop() == 0
-    [entry] = json.loads(calibration.read_text())["calibrations"]
+    entry = json.loads(calibrated.with_suffix(".json").read_text())
     assert logits == plain
     assert [index for index, _ in scores] == [index for index, _ in logits]
     for (index, score), (_, logit) in zip(scores, logits, strict=True):
@@ -121,68 +166,35 @@ def ranked(server: ServerProcess, **fields: Any) -> list[tuple[int, float]]:
     return [(row["index"], row["relevance_score"]) for row in body["results"]]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"file_bytes": 1}, "was fitted for another mini-Q8_0.gguf (its file_bytes was 1"),
-        ({"kind": "cross-encoder"}, "was fitted for another mini-Q8_0.gguf (its kind was 'cross-encoder'"),
-        ({"file": "other.gguf"}, "was fitted for other.gguf, not for mini-Q8_0.gguf"),
-        ({"scale": -1.0}, "make no rising curve"),
-        ({"scale": "steep"}, "not a file of `python -m bench.calibrate`"),
-        ({"bias": float("nan")}, "make no rising curve"),
-    ],
-)
-def test_a_map_for_another_file_or_without_sense_ends_the_start(
-    calibration: Path, tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
-    """Scores by another model's curve look like probabilities and are none."""
-    entry = json.loads(calibration.read_text())["calibrations"][0] | change
-    assert said in refused(tmp_path, json.dumps({"calibrations": [entry]}))
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_map_that_does_not_rise_is_refused(scale: float, gguf_of: Gguf, tmp_path: Path) -> None:
+    """The worst passage would come first, or no score be a number."""
+    GgufFile.open(gguf_of("bert")).copy_with(tmp_path / "bad.gguf", {calibrate.SCALE: scale})
+    with pytest.raises(rerank_server.ModelError, match="calibration_scale") as error:
+        rerank_server.describe(rerank_server.GgufFile.open(tmp_path / "bad.gguf"))
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '{"calibrations": 3}', '{"calibrations": [{}]}', "\x00"])
-def test_a_file_that_is_no_calibration_ends_the_start_in_one_line(tmp_path: Path, text: str) -> None:
-    """Not in a traceback."""
+def test_a_bias_that_is_no_number_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
+    GgufFile.open(gguf_of("bert")).copy_with(tmp_path / "bad.gguf", {calibrate.BIAS: math.nan})
+    with pytest.raises(rerank_server.ModelError, match="calibration_bias"):
+        rerank_server.describe(rerank_server.GgufFile.open(tmp_path / "bad.gguf"))
+
+
+@pytest.mark.parametrize("name", ["precious.json", "precious.gguf", "plain.gguf", "mini.gguf"])
+def test_another_file_is_not_overwritten(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--out with a wrong name must not destroy a user's file: notes, another model, or the model itself."""
     if not MINI.is_file():
         pytest.skip(f"{MINI} is not there: `make mini` makes it")
-    assert "not a file of `python -m bench.calibrate`" in refused(tmp_path, text)
-
-
-def refused(folder: Path, text: str) -> str:
-    """The one line with which a server refuses a calibration file of this content."""
-    path = folder / "calibration.json"
-    path.write_text(text)
-    with pytest.raises(rerank_server.SettingsError) as error:
-        rerank_server.find_roles(rerank_server.Settings(m3=MINI, calibration=path))
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_missing_calibration_file_ends_the_start_with_status_2(tmp_path: Path) -> None:
-    """As every wrong setting does."""
-    command = [sys.executable, str(ROOT / "rerank_server.py"), "--calibration", str(tmp_path / "none.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr == f"rerank_server.py: --calibration: there is no file {tmp_path / 'none.json'}\n"
-
-
-def test_maps_of_other_files_are_kept(calibration: Path, tmp_path: Path) -> None:
-    """One file serves m3 and gemma."""
-    path = tmp_path / "both.json"
-    [entry] = json.loads(calibration.read_text())["calibrations"]
-    path.write_text(json.dumps({"calibrations": [entry | {"file": "gemma.gguf"}, entry]}))
-    assert calibrate.main([str(MINI), "--data", str(SAMPLE), "--negatives", "5", "--out", str(path)]) == 0
-    first, second = json.loads(path.read_text())["calibrations"]
-    assert (first["file"], second["file"]) == ("gemma.gguf", MINI.name)
-    assert second["pairs"] < entry["pairs"]
-
-
-def test_a_file_with_something_else_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], calibration: Path
-) -> None:
-    """--out with a wrong name must not destroy a user's file."""
-    path = tmp_path / "precious.json"
-    path.write_text('{"mine": 1}')
-    assert calibrate.main([str(MINI), "--data", str(SAMPLE), "--out", str(path)]) == 1
-    assert "holds no calibrations" in capsys.readouterr().err
-    assert path.read_text() == '{"mine": 1}'
+    path, mini = tmp_path / name, tmp_path / "mini.gguf"
+    shutil.copy(MINI, mini)
+    if name == "plain.gguf":
+        shutil.copy(MINI, path)
+    elif name != "mini.gguf":
+        path.write_text('{"mine": 1}')
+    before = path.read_bytes()
+    assert calibrate.main([str(mini), "--data", str(SAMPLE), "--out", str(path)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert str(path) in said[-1]
+    assert "Traceback" not in said[-1]
+    assert path.read_bytes() == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EngineOf, Gguf
+from conftest import Gguf
 from guard import find, needs
 from playwright.sync_api import Browser, BrowserContext, Error, Locator, Page, expect, sync_playwright
 from server_process import ServerProcess
@@ -252,22 +251,18 @@ def test_changes_of_rank_are_those_between_the_two_models(both: ServerProcess, v
 
 
 @browser_test
-def test_what_a_model_did_not_read_is_marked_in_the_text(both: ServerProcess, visit: OpenPage) -> None:
-    """With characters outside the BMP, which JavaScript counts twice and the server once."""
+def test_a_passage_that_was_cut_says_so(both: ServerProcess, visit: OpenPage) -> None:
+    """A low score is then no verdict on the rest of it."""
     passage = "sea 😀 and sky, " * 60
-    _, answer, _ = both.rerank("/v1/rerank", query="sky", documents=[passage], return_characters_read=True)
-    read = answer["results"][0]["characters_read"]
-    assert 0 < read < len(passage) - 100
     tab = visit(both.url)
     tab.fill("sky", f"short\n{passage}")
     tab.page.get_by_role("checkbox", name="gemma").uncheck()
     tab.rank()
     row = tab.page.locator(".row[data-index='1']")
-    expect(row).to_contain_text(f"m3 read {read:,} of {len(passage):,} characters")
-    expect(row.locator(".cut-here")).to_be_visible()
+    expect(row).to_contain_text("too long for m3, cut")
     row.get_by_role("button", name="Show all").click()
-    assert row.locator(".unread").text_content() == passage[read:]
-    expect(tab.page.locator(".row[data-index='0'] .cut-here")).to_have_count(0)
+    assert row.locator(".text").text_content() == passage
+    expect(tab.page.locator(".row[data-index='0'] .note-cut")).to_have_count(0)
     expect(tab.page.locator(".total")).to_contain_text("1 cut")
 
 
@@ -427,8 +422,7 @@ def test_a_hostile_passage_is_only_text(both: ServerProcess, visit: OpenPage) ->
         button.click()
     expect(tab.rows).to_have_count(len(HOSTILE))
     shown = tab.page.locator(".text").evaluate_all(
-        "places => places.map((place) => [...place.childNodes].filter((node) => node.className !== 'cut-here')"
-        ".map((node) => node.textContent).join(''))"
+        "places => places.map((place) => place.textContent)"
     )
     assert shown == HOSTILE
     for language in ("curl", "Python", "JSON"):
@@ -479,7 +473,7 @@ def test_a_ranking_can_be_downloaded(both: ServerProcess, visit: OpenPage, tmp_p
             assert row["id"] == f"d{index}"
             assert float(row["m3_score"]) == pytest.approx(scores[False][index], abs=1e-5)
             assert float(row["gemma_score"]) == pytest.approx(scores[True][index], abs=1e-5)
-            assert int(row["m3_characters_read"]) == len(texts[index])
+            assert str(row["m3_truncated"]).lower() == "false"
             escaped = "'" if name == "CSV" and texts[index].startswith("=") else ""  # no formula in a spreadsheet
             assert row["text"] == escaped + texts[index]
 
@@ -641,57 +635,3 @@ def test_texts_can_be_read_in_the_light_and_in_the_dark(both: ServerProcess, vis
     contrasts = tab.page.evaluate(CONTRASTS)
     assert len(contrasts) > 30
     assert [one for one in contrasts if one[0] < MIN_CONTRAST] == []
-
-
-# -- Where a passage was cut (return_characters_read) ------------------------------------------------------------------
-
-LONG = "Blue light, 光の散乱, is scattered 😀 more than naïve red-light; see chapter 12, page 345. " * 30
-
-
-@pytest.mark.parametrize("name", ["xlmr", "bert", "bi", "gemma"])
-@pytest.mark.parametrize("limits", [(64, None), (128, 40), (None, 17)])
-def test_the_characters_read_are_those_of_the_tokens(
-    engine_of: EngineOf, name: str, limits: tuple[int | None, int | None]
-) -> None:
-    """As much of the text fits without a cut, and a word more does not."""
-    pairs, (max_length, max_passage) = engine_of(name).pairs, limits
-    for keep_end in (False, True):
-        cut = server.Cut(max_length, max_passage=max_passage, keep_end=keep_end)
-        request = server.RerankRequest(("sky",), (LONG,), cut=cut)
-        n = server.characters_read(request, pairs, 0)
-        for n_more, fits in ((0, True), (25, False)):
-            part = LONG[len(LONG) - n - n_more :] if keep_end else LONG[: n + n_more]
-            (pair,) = pairs.make("sky", [part], dataclasses.replace(cut, keep_end=False))
-            assert pair.truncated is not fits, (name, limits, keep_end, n)
-
-
-def test_windows_read_everything_that_they_may(engine_of: EngineOf) -> None:
-    pairs = engine_of("xlmr").pairs
-    request = server.RerankRequest(("sky " * 100,), (LONG,), cut=server.Cut(64), on_overflow=server.CHUNK)
-    assert server.characters_read(request, pairs, 0) == len(LONG)  # the query was cut, not the passage
-    limited = server.RerankRequest(("sky",), (LONG,), cut=server.Cut(64, max_passage=100), on_overflow=server.CHUNK)
-    assert 100 < server.characters_read(limited, pairs, 0) < 600
-
-
-def test_a_long_rest_costs_nothing(engine_of: EngineOf) -> None:
-    """Would break: a few kB are read of a passage of 20 MB, but all of it would be tokenised 25 times."""
-    sizes: list[int] = []
-
-    def tokenize(text: str) -> list[int]:
-        sizes.append(len(text))
-        return [1] * len(text.split())
-
-    pairs = server.CrossEncoderPairs(tokenize, 0, (2, 2), 2, 64)
-    assert pairs.n_characters("word " * 100_000, 50) == len("word " * 50)
-    assert max(sizes) < 1000
-
-
-def test_characters_read_are_told_where_they_were_asked_for(both: ServerProcess) -> None:
-    texts = ["short", LONG]
-    for path, name, key in (("/v1/rerank", "documents", "results"), ("/rerank", "texts", None)):
-        for asked in (False, True):
-            body = {"query": "sky", name: texts, "return_characters_read": asked}
-            _, answer, _ = both.rerank(path, **body)
-            told = {one["index"]: one.get("characters_read") for one in (answer[key] if key else answer)}
-            assert told[0] is None
-            assert (told[1] is not None) is asked
