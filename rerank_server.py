@@ -1222,9 +1222,7 @@ _CLEAN = CharacterTable(_clean_character)
 HANG_UP_POLL_S = 0.25
 
 
-def _no_times() -> dict[str, float]:
-    """In seconds. queue: while its pairs waited for their turn. inference: of decodes with one."""
-    return {"queue": 0.0, "tokenise": 0.0, "inference": 0.0}
+TIMES = ("queue", "tokenise", "inference")  # waiting for its turn; in decodes with a pair of it
 
 
 @dataclass
@@ -1238,7 +1236,7 @@ class Call:
     path: str = ""
     started: float = dataclasses.field(default_factory=time.monotonic)
     request: RerankRequest | None = None
-    times: dict[str, float] = dataclasses.field(default_factory=_no_times)
+    times: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(TIMES, 0.0))
     n_pairs: int = 0
     n_tokens: int = 0
 
@@ -1265,26 +1263,17 @@ _COUNTER, _GAUGE, _INFO = prometheus_client.Counter, prometheus_client.Gauge, pr
 _DURATION = functools.partial(prometheus_client.Histogram, buckets=(
     .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300))
 _PART = functools.partial(prometheus_client.Histogram, buckets=[n / 10 for n in range(1, 11)])
-_METRICS: tuple[tuple[Any, str, str, str], ...] = (  # kind, name, labels, help
-    (_COUNTER, "requests", "route status", "answers; status 499: the client hung up"),
-    (_DURATION, "request_seconds", "route", "from a request's arrival to its answer"),
-    (_DURATION, "queue_seconds", "role", "while a request's pairs waited for their turn"),
-    (_DURATION, "tokenise_seconds", "role", "a request's tokenising"),
-    (_DURATION, "inference_seconds", "role", "decodes with a pair of the request"),
-    (_PART, "batch_fill_ratio", "role", "tokens of a decode, as a part of --ubatch"),
-    (_COUNTER, "pairs", "role", "pairs that were scored"),
-    (_COUNTER, "tokens", "role", "their tokens, without a shared prefix"),
-    (_COUNTER, "failed_batches", "role", "decodes that failed, with all requests in them"),
-    (_COUNTER, "cache_hits", "role", "pairs whose score was known"),
-    (_COUNTER, "truncated_passages", "role", "passages that were cut"),
-    (_COUNTER, "replaced_passages", "role", "passages with half a character"),
-    (_GAUGE, "queue_tokens", "role", "tokens that wait"),
-    (_GAUGE, "queue_requests", "role", "requests that wait or are being scored"),
-    (_GAUGE, "model_loaded", "role", "1: in memory"),
-    (_INFO, "model", "role", "the file of a role"),
-    (_GAUGE, "accel_bytes", "", "weights in the engine of accel/"),
-    (_GAUGE, "resident_bytes", "", "of the process"),
-    (_INFO, "build", "", "versions"),
+_METRICS: tuple[tuple[Any, str, str], ...] = (  # kind, labels, names
+    (_COUNTER, "route status", "requests"),
+    (_DURATION, "route", "request_seconds"),
+    (_DURATION, "role", "queue_seconds tokenise_seconds inference_seconds"),
+    (_PART, "role", "batch_fill_ratio"),
+    (_COUNTER, "role", "pairs tokens cache_hits failed_batches truncated_passages"),
+    (_COUNTER, "role", "replaced_passages"),
+    (_GAUGE, "role", "queue_tokens queue_requests model_loaded"),
+    (_GAUGE, "", "accel_bytes resident_bytes"),
+    (_INFO, "role", "model"),
+    (_INFO, "", "build"),
 )
 
 
@@ -1293,10 +1282,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus_client.CollectorRegistry()
-        self._named: dict[str, Any] = {
-            name: kind(name, help, labels.split(), namespace="rerank", registry=self.registry)
-            for kind, name, labels, help in _METRICS
-        }
+        self._named: dict[str, Any] = {}
+        for kind, labels, names in _METRICS:
+            for name in names.split():
+                self._named[name] = kind(
+                    name, "see docs/operating.md", labels.split(), namespace="rerank",
+                    registry=self.registry)
         self._named["accel_bytes"].set_function(accel_bytes)
         self._named["resident_bytes"].set_function(resident_bytes)
         versions = {"version": __version__, "llama_cpp_python": llama_version()}
@@ -1311,13 +1302,9 @@ class Metrics:
         model, queue = role.description, role.queue
         about = {"file": model.path.name, "kind": model.kind, "quantization": model.quantization}
         self._named["model"].labels(role.name).info(about)
-        shown = {"tokens": queue.n_tokens, "requests": queue.n_requests}
-        for name, value in shown.items():
-            self._named[f"queue_{name}"].labels(role.name).set_function(value)
-        self._named["model_loaded"].labels(role.name).set_function(role.is_loaded)
-
-    def text(self) -> str:
-        return prometheus_client.generate_latest(self.registry).decode()
+        shown = {"queue_tokens": queue.n_tokens, "queue_requests": queue.n_requests}
+        for name, value in {**shown, "model_loaded": role.is_loaded}.items():
+            self._named[name].labels(role.name).set_function(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1426,8 +1413,7 @@ class Queue:
         try:
             yield job
         finally:
-            with self._changed:
-                self._end(job)
+            self.end(ClientGoneError(), [job])
 
     def n_tokens(self) -> int:
         return sum(job.n_tokens for job in tuple(self._jobs))
@@ -1499,30 +1485,24 @@ class Queue:
                 job.logits[pair.key] = logit
                 job.n_pending -= 1
                 if not math.isfinite(logit):
-                    self._fail(job, EngineError(f"the model gave {logit} in place of a score"))
+                    self.end(EngineError(f"the model gave {logit} in place of a score"), [job])
             for job in {job for _, job in batch}:
                 job.inference_s += seconds
                 self._settle(job)
 
-    def fail(self, error: RequestError, batch: Sequence[Entry] = ()) -> None:
-        """Ends the jobs of the batch; without a batch, every one."""
+    def end(self, error: RequestError, jobs: Iterable[Job] = ()) -> None:
+        """Of these jobs (default: all) nothing more is scored; who waits for one gets the error."""
         with self._changed:
-            for job in {job for _, job in batch} or tuple(self._jobs):
-                self._fail(job, error)
+            for job in tuple(jobs or self._jobs):
+                if not job.scored.done():
+                    job.scored.set_exception(error)
+                if job in self._jobs:
+                    self._jobs.remove(job)
+            self._changed.notify_all()
 
     def _settle(self, job: Job) -> None:
         if not (job.left or job.n_pending or job.scored.done()):
             job.scored.set_result(job.logits)
-
-    def _fail(self, job: Job, error: RequestError) -> None:
-        if not job.scored.done():
-            job.scored.set_exception(error)
-        self._end(job)
-
-    def _end(self, job: Job) -> None:
-        if job in self._jobs:
-            self._jobs.remove(job)
-        self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
@@ -2820,13 +2800,15 @@ class Role:
             return loading
 
     def _run(self, loading: Future[Engine], is_alone: bool) -> None:
+        started, path = time.perf_counter(), self.description.path
+        log.info("%s: loading %s", self.name, path.name)
         try:
-            engine = self._load_file(is_alone)
+            self._engine = engine = self._load(path, self._settings, is_alone)
         except BaseException as error:
             self._loading = None
             loading.set_exception(error)
             return
-        self._engine = engine
+        log.info("%s: loaded in %.1f s", self.name, time.perf_counter() - started)
         loading.set_result(engine)
         try:
             while batch := self.queue.next_batch(engine.max_batch_tokens, engine.max_sequences):
@@ -2834,15 +2816,8 @@ class Role:
         except BaseException:
             log.exception("%s: the scheduler's thread ends", self.name)
             self._loading = self._engine = None
-            self.queue.fail(EngineError("the engine has stopped; see the server's log"))
+            self.queue.end(EngineError("the engine has stopped; see the server's log"))
         engine.close()
-
-    def _load_file(self, is_alone: bool) -> Engine:
-        started, path = time.perf_counter(), self.description.path
-        log.info("%s: loading %s", self.name, path.name)
-        engine = self._load(path, self._settings, is_alone)
-        log.info("%s: loaded in %.1f s", self.name, time.perf_counter() - started)
-        return engine
 
     def _decode(self, engine: Engine, batch: list[Entry]) -> None:
         n_tokens, started = n_new(batch), time.monotonic()
@@ -2856,7 +2831,8 @@ class Role:
             known = error if isinstance(error, RequestError) else None
             log.error("a batch of %d pairs failed: %s", len(batch), error, exc_info=not known)
             self.metrics.add("failed_batches", 1, self.name)
-            self.queue.fail(known or EngineError("scoring failed; see the server's log"), batch)
+            told = known or EngineError("scoring failed; see the server's log")
+            self.queue.end(told, [entry.job for entry in batch])
 
     def admit(
         self, request: RerankRequest, n: int
@@ -2888,12 +2864,7 @@ class Role:
         call.times["queue"] += max(0.0, waited_s - job.inference_s)
         for name, seconds in call.times.items():
             self.metrics.add(f"{name}_seconds", seconds - before[name], self.name)
-        results = [
-            self._scored(logits, index, *one)
-            for index, one in zip(indices, asked, strict=True)
-        ]
-        self.metrics.add("truncated_passages", sum(one.truncated for one in results), self.name)
-        return results
+        return self._results(indices, asked, logits)
 
     def _submit(
         self, request: RerankRequest, pairs: Pairs, indices: Sequence[int], call: Call, job: Job,
@@ -2919,13 +2890,16 @@ class Role:
             for windows in made
         ]
 
-    def _scored(
-        self, logits: dict[bytes, float], index: int, keys: Sequence[bytes], n_tokens: int,
-        truncated: bool,
-    ) -> Scored:
-        logit = max(logits[key] for key in keys)  # of windows the best counts
-        score = score_of(self.description, logit)
-        return Scored(index, logit, score, self.description.name, n_tokens, truncated)
+    def _results(
+        self, indices: Sequence[int], asked: Sequence[Asked], logits: dict[bytes, float]
+    ) -> list[Scored]:
+        results, model = [], self.description
+        for index, (keys, n_tokens, truncated) in zip(indices, asked, strict=True):
+            logit = max(logits[key] for key in keys)  # of windows the best counts
+            score = score_of(model, logit)
+            results.append(Scored(index, logit, score, model.name, n_tokens, truncated))
+        self.metrics.add("truncated_passages", sum(one.truncated for one in results), self.name)
+        return results
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Answers what was submitted, then frees the model. False: it took longer."""
@@ -2939,44 +2913,35 @@ class Role:
 def find_roles(settings: Settings) -> list[Role]:
     """m3, and gemma if there is one: the files named by flags, else those in the models folders.
     Nothing is loaded."""
-    is_named = settings.m3 and settings.gemma
-    found = [] if is_named else servable_files(settings.model_folders)
-    m3 = file_for(settings.m3, found, CROSS_ENCODER, BI_ENCODER)
-    gemma = file_for(settings.gemma, found, YES_LOGIT)
-    if m3 is None:
-        folders = " or ".join(map(str, settings.model_folders))
-        raise ModelError(
-            f"no model in {folders}: run `{MODEL_COMMANDS['m3']}` for bge-reranker-v2-m3, or "
-            "`make mini` for the small one that needs no Hub")
-    models = {"m3": m3, "gemma": gemma}
-    return [Role(name, model, settings) for name, model in models.items() if model]
-
-
-def file_for(
-    path: Path | None, found: Sequence[ModelDescription], *kinds: str
-) -> ModelDescription | None:
-    """The one that a flag names, else the first that was found of the first of the kinds that there
-    is; a real m3 goes before other cross-encoders."""
-
-    def rank(model: ModelDescription) -> tuple[int, bool]:
-        return kinds.index(model.kind), "reranker-v2-" not in model.name
-
-    if path is None:
-        return min((model for model in found if model.kind in kinds), key=rank, default=None)
-    model = describe(GgufFile.open(path))
-    if model.kind not in kinds:
-        takes = " or ".join(kinds)
-        raise ModelError(f"{path}: a {model.kind} model cannot serve this role (it takes {takes})")
-    if model.doubt:
-        log.warning("%s: %s; it is served because a flag names it", path, model.doubt)
-    return model
+    named = {"m3": settings.m3, "gemma": settings.gemma}
+    found = [] if all(named.values()) else servable_files(settings.model_folders)
+    roles = []
+    for name, path in named.items():
+        kinds = (YES_LOGIT,) if name == "gemma" else (CROSS_ENCODER, BI_ENCODER)
+        models = [describe(GgufFile.open(path))] if path else found
+        model = next((model for model in models if model.kind in kinds), None)
+        if model:
+            roles.append(Role(name, model, settings))
+        elif path:
+            what = f"a {models[0].kind} model cannot serve this role"
+            raise ModelError(f"{path}: {what} (it takes {' or '.join(kinds)})")
+        elif name == "m3":
+            folders = " or ".join(map(str, settings.model_folders))
+            raise ModelError(
+                f"no model in {folders}: run `{MODEL_COMMANDS['m3']}`, or `make mini` for a small "
+                "one that needs no Hub")
+    return roles
 
 
 def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
-    """Folder by folder, newest first. A file that takes no role is named in the log."""
+    """Folder by folder, newest first; but a bi-encoder after all others, and before them the real
+    m3 and gemma. A file that takes no role is named in the log."""
 
     def age(path: Path) -> tuple[int, str]:
         return -path.stat().st_mtime_ns, path.name
+
+    def rank(model: ModelDescription) -> tuple[bool, bool]:
+        return model.kind == BI_ENCODER, "reranker-v2-" not in model.name
 
     found = []
     for folder in folders:
@@ -2986,12 +2951,12 @@ def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
             except (ModelError, OSError) as error:
                 log.warning("not served: %s", error)
                 continue
-            flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
             if model.doubt:
+                flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
                 log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
             else:
                 found.append(model)
-    return found
+    return sorted(found, key=rank)
 
 
 class Roles:
@@ -3000,38 +2965,32 @@ class Roles:
     def __init__(self, m3: Role, gemma: Role | None = None) -> None:
         self.m3, self.gemma, self.metrics = m3, gemma, Metrics()
         self.is_fallback = m3.description.kind == BI_ENCODER
-        for role in self.all():
-            role.metrics = self.metrics
-            self.metrics.add_role(role)
+        self._named: dict[str, Role | None] = {}  # by family, file, and what that was made of
+        for family, role in (("mini" if self.is_fallback else "m3", m3), ("gemma", gemma)):
+            names = {family, f"bge-reranker-v2-{family}"}
+            if role:
+                names |= {role.description.name, role.description.source.rpartition("/")[2]}
+                role.metrics = self.metrics
+                self.metrics.add_role(role)
+            self._named |= {name.lower(): role for name in names}
+        self._named[""] = m3
 
     def select(self, request: RerankRequest, strict: bool) -> Role:
         """By use_llm, else by the model's name."""
         name = (request.model or "").rpartition("/")[2].lower()
-        gemmas = _names("gemma", self.gemma)
-        known = gemmas | _names("mini" if self.is_fallback else "m3", self.m3)
-        if strict and name and name not in known:
+        if strict and name not in self._named:
             message = f"there is no model {request.model!r} here; see GET /v1/models"
             raise ModelNotFoundError(message, "model")
-        if not request.use_llm and name not in gemmas:
-            return self.m3
-        if self.gemma is None:
+        role = self.gemma if request.use_llm else self._named.get(name, self.m3)
+        if role is None:
             param = "use_llm" if request.use_llm else "model"
             raise UnavailableError(
                 f"no gemma model is here, as '{param}' asks for; on the server run: "
                 f"{MODEL_COMMANDS['gemma']}", param)
-        return self.gemma
+        return role
 
     def all(self) -> list[Role]:
         return [role for role in (self.m3, self.gemma) if role is not None]
-
-
-def _names(family: str, role: Role | None) -> set[str]:
-    """What a request may call it: by its family, its file, or the model that it was made of."""
-    names = {family, f"bge-reranker-v2-{family}"}
-    if role:
-        source = role.description.source.rpartition("/")[2]
-        names |= {role.description.name.lower(), source.lower()} - {""}
-    return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3277,7 +3236,8 @@ class Application:
         return Response(200, {"status": "ready"})
 
     def metrics_page(self, raw: bytes, call: Call) -> Response:
-        return Response(200, self.metrics.text(), page_type=prometheus_client.CONTENT_TYPE_LATEST)
+        text = prometheus_client.generate_latest(self.metrics.registry).decode()
+        return Response(200, text, page_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}

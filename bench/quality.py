@@ -243,7 +243,7 @@ def _role(name: str, role: str, settings: rerank_server.Settings, llm_top_n: int
     found = rerank_server.servable_files(settings.model_folders)
     paths = []
     for needed in ("m3", "gemma") if role == "two-stage" else (role,):
-        description = rerank_server.file_for(None, found, kinds[needed])
+        description = next((model for model in found if model.kind == kinds[needed]), None)
         if description is None:
             command = "make mini" if needed == "mini" else f"make convert MODEL={needed}"
             raise UnusableError(f"{role}: there is no {needed} file in {settings.models}; {command} makes one")
