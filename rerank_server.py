@@ -1220,8 +1220,6 @@ _CLEAN = CharacterTable(_clean_character)
 # --------------------------------------------------------------------------------------------------
 
 HANG_UP_POLL_S = 0.25
-
-
 TIMES = ("queue", "tokenise", "inference")  # waiting for its turn; in decodes with a pair of it
 
 
@@ -1324,7 +1322,7 @@ def take_batch(
     passed: list[T] = []
     for candidate in waiting:
         n_taken = len(taken) + n_beside
-        if n_taken >= most or len(passed) >= MAX_SEQUENCES or (room <= 0 and n_taken):
+        if n_taken >= most or len(passed) >= MAX_SEQUENCES:
             break
         size = n_tokens(candidate)
         if size <= room or not n_taken:
@@ -1364,7 +1362,6 @@ class Job:
         self.keys: set[bytes] = set()  # of every pair so far
         self.logits: dict[bytes, float] = {}
         self.scored: Future[dict[bytes, float]] = Future()  # all logits, or what went wrong
-        self.submitted = math.inf  # time.monotonic() of the first pair
         self.inference_s = 0.0
 
     @property
@@ -1440,8 +1437,6 @@ class Queue:
             job.n_pending += len(pairs)
             job.n_waiting += sum(pair.n_new for pair in pairs)
             job.waiting = sorted([*job.waiting, *pairs], key=prefix_then_longest)
-            if pairs:
-                job.submitted = min(job.submitted, time.monotonic())
             self._settle(job)
             self._changed.notify_all()
 
@@ -1455,25 +1450,21 @@ class Queue:
             if self._served in self._jobs:  # it goes behind those that came meanwhile
                 self._jobs.remove(self._served)
                 self._jobs.append(self._served)
-            self._changed.wait_for(self._has_work)
-            ready = [job for job in self._jobs if job.waiting]
-            if not ready:
-                return []
+            while not (ready := [job for job in self._jobs if job.waiting]):
+                if self._closed and not self._jobs:
+                    return []
+                self._changed.wait()
             self._served, prefix = ready[0], ready[0].waiting[0].prefix
             batch = ready[0].take(prefix, max_batch_tokens, max_sequences)
             n_tokens = n_new(batch)
             room = min(max_batch_tokens - n_tokens, n_tokens)
             for job in ready[1:]:
-                if job.n_tokens <= max_batch_tokens:
+                if room > 0 and job.n_tokens <= max_batch_tokens:
                     shared = job.take(prefix, room, max_sequences, len(batch))
                     room -= n_new(shared)
                     batch += shared
             self._changed.notify_all()
             return batch
-
-    def _has_work(self) -> bool:
-        has_ended = self._closed and not self._jobs  # there will never be any
-        return has_ended or any(job.waiting for job in self._jobs)
 
     def finish(self, batch: Sequence[Entry], logits: Sequence[float], seconds: float) -> None:
         """A logit that is no number fails its own job, not the others."""
@@ -2742,9 +2733,8 @@ class ScoreCache:
     def take(self, keys: Collection[bytes]) -> dict[bytes, float]:
         """The known ones among `keys`."""
         with self._lock:
-            known = {key: self._logits[key] for key in keys if key in self._logits}
-            for key in known:
-                self._logits.move_to_end(key)
+            known = {key: self._logits.pop(key) for key in keys if key in self._logits}
+            self._logits.update(known)  # at the end
             self._hits += len(known)
             self._misses += len(keys) - len(known)
             return known
@@ -2759,7 +2749,7 @@ class ScoreCache:
         return {"entries": len(self._logits), "hits": self._hits, "misses": self._misses}
 
 
-Asked = tuple[list[bytes], int, bool]  # of a passage: its pairs' keys, n_tokens, truncated
+Window = tuple[bytes, int, bool]  # a pair's key, number of tokens, and whether it was cut
 
 
 class Role:
@@ -2783,7 +2773,7 @@ class Role:
         return self._engine is not None
 
     def state(self) -> dict[str, Any]:
-        """What GET /health shows beside the description. arithmetic: what multiplies."""
+        """For GET /health. arithmetic: what multiplies."""
         engine = self._engine
         return {"arithmetic": engine and engine.arithmetic, "cache": self.cache.state()}
 
@@ -2834,9 +2824,7 @@ class Role:
             told = known or EngineError("scoring failed; see the server's log")
             self.queue.end(told, [entry.job for entry in batch])
 
-    def admit(
-        self, request: RerankRequest, n: int
-    ) -> contextlib.AbstractContextManager[Job | None]:
+    def admit(self, request: RerankRequest, n: int) -> contextlib.AbstractContextManager[Job]:
         """Room for the n longest of a request's pairs, before anything is tokenised."""
         longest = self.description.max_length(self._settings)
         return self.queue.admit(request.estimate_tokens(longest, n))
@@ -2850,8 +2838,9 @@ class Role:
         if job is None:
             with self.admit(request, len(indices)) as job:
                 return self.score(request, indices, call, job)
-        before, asked = dict(call.times), list[Asked]()
         engine = call.result(self.start())
+        before, started = dict(call.times), time.monotonic()
+        asked: list[list[Window]] = []
         for start in range(0, len(indices), SLICE_PASSAGES):
             self.queue.wait_for_room(job, AHEAD_DECODES * engine.max_batch_tokens, call)
             part = indices[start : start + SLICE_PASSAGES]
@@ -2860,16 +2849,21 @@ class Role:
         logits = call.result(job.scored)
         self.cache.put(logits)
         call.times["inference"] += job.inference_s
-        waited_s = time.monotonic() - job.submitted
-        call.times["queue"] += max(0.0, waited_s - job.inference_s)
+        busy_s = job.inference_s + call.times["tokenise"] - before["tokenise"]
+        call.times["queue"] += max(0.0, time.monotonic() - started - busy_s)
         for name, seconds in call.times.items():
             self.metrics.add(f"{name}_seconds", seconds - before[name], self.name)
-        return self._results(indices, asked, logits)
+        results = [
+            self._scored(index, windows, logits)
+            for index, windows in zip(indices, asked, strict=True)
+        ]
+        self.metrics.add("truncated_passages", sum(one.truncated for one in results), self.name)
+        return results
 
     def _submit(
         self, request: RerankRequest, pairs: Pairs, indices: Sequence[int], call: Call, job: Job,
         left: float,
-    ) -> list[Asked]:
+    ) -> list[list[Window]]:
         """Tokenises some passages. Equal pairs are scored once, known ones not at all."""
         started = time.monotonic()
         made = pairs_of(request, pairs, indices)
@@ -2884,35 +2878,28 @@ class Role:
         call.n_pairs += sum(map(len, made))
         self.metrics.add("cache_hits", len(known), self.name)
         return [
-            ([pair.key for pair in windows],
-             sum(len(pair.ids) + len(pair.query_ids) for pair in windows),
-             any(pair.truncated for pair in windows))
+            [(pair.key, len(pair.ids) + len(pair.query_ids), pair.truncated) for pair in windows]
             for windows in made
         ]
 
-    def _results(
-        self, indices: Sequence[int], asked: Sequence[Asked], logits: dict[bytes, float]
-    ) -> list[Scored]:
-        results, model = [], self.description
-        for index, (keys, n_tokens, truncated) in zip(indices, asked, strict=True):
-            logit = max(logits[key] for key in keys)  # of windows the best counts
-            score = score_of(model, logit)
-            results.append(Scored(index, logit, score, model.name, n_tokens, truncated))
-        self.metrics.add("truncated_passages", sum(one.truncated for one in results), self.name)
-        return results
+    def _scored(
+        self, index: int, windows: Sequence[Window], logits: dict[bytes, float]
+    ) -> Scored:
+        keys, lengths, cuts = zip(*windows, strict=True)
+        logit = max(logits[key] for key in keys)  # of windows the best counts
+        score, name = score_of(self.description, logit), self.description.name
+        return Scored(index, logit, score, name, sum(lengths), any(cuts))
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Answers what was submitted, then frees the model. False: it took longer."""
         self.queue.close()
-        thread = self._thread
-        if thread:
-            thread.join(timeout_s)
-        return not (thread and thread.is_alive())
+        if self._thread:
+            self._thread.join(timeout_s)
+        return not (self._thread and self._thread.is_alive())
 
 
 def find_roles(settings: Settings) -> list[Role]:
-    """m3, and gemma if there is one: the files named by flags, else those in the models folders.
-    Nothing is loaded."""
+    """m3, and gemma if there is one: files that flags name, else of the models folders."""
     named = {"m3": settings.m3, "gemma": settings.gemma}
     found = [] if all(named.values()) else servable_files(settings.model_folders)
     roles = []
@@ -2923,8 +2910,7 @@ def find_roles(settings: Settings) -> list[Role]:
         if model:
             roles.append(Role(name, model, settings))
         elif path:
-            what = f"a {models[0].kind} model cannot serve this role"
-            raise ModelError(f"{path}: {what} (it takes {' or '.join(kinds)})")
+            raise ModelError(f"{path}: a {models[0].kind} model cannot serve the {name} role")
         elif name == "m3":
             folders = " or ".join(map(str, settings.model_folders))
             raise ModelError(

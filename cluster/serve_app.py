@@ -136,8 +136,8 @@ class RemoteRole(Role):
     def state(self) -> dict[str, Any]:
         return {}
 
-    def admit(self, request: RerankRequest, n: int) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def admit(self, request: RerankRequest, n: int) -> contextlib.AbstractContextManager[Job]:
+        return contextlib.nullcontext(Job(0))
 
     def is_loaded(self) -> bool:
         return bool(self._handle.running_replicas_populated())
