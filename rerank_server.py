@@ -2919,29 +2919,27 @@ def find_roles(settings: Settings) -> list[Role]:
     return roles
 
 
-def servable_files(folders: Iterable[Path]) -> list[ModelDescription]:
-    """Folder by folder, newest first; but a bi-encoder after all others, and before them the real
-    m3 and gemma. A file that takes no role is named in the log."""
+def servable_files(folders: Sequence[Path]) -> list[ModelDescription]:
+    """The real m3 and gemma, then others, then bi-encoders; folder by folder, newest first. A file
+    that takes no role is named in the log."""
 
-    def age(path: Path) -> tuple[int, str]:
-        return -path.stat().st_mtime_ns, path.name
-
-    def rank(model: ModelDescription) -> tuple[bool, bool]:
-        return model.kind == BI_ENCODER, "reranker-v2-" not in model.name
+    def rank(model: ModelDescription) -> tuple[Any, ...]:
+        kind = model.kind == BI_ENCODER, "reranker-v2-" not in model.name
+        path = model.path
+        return *kind, folders.index(path.parent), -path.stat().st_mtime_ns, path.name
 
     found = []
-    for folder in folders:
-        for path in sorted(filter(Path.is_file, folder.glob("*.gguf")), key=age):
-            try:
-                model = describe(GgufFile.open(path))
-            except (ModelError, OSError) as error:
-                log.warning("not served: %s", error)
-                continue
-            if model.doubt:
-                flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
-                log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
-            else:
-                found.append(model)
+    for path in itertools.chain.from_iterable(folder.glob("*.gguf") for folder in folders):
+        try:
+            model = describe(GgufFile.open(path))
+        except (ModelError, OSError) as error:
+            log.warning("not served: %s", error)
+            continue
+        if model.doubt:
+            flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
+            log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
+        else:
+            found.append(model)
     return sorted(found, key=rank)
 
 
