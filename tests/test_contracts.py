@@ -36,7 +36,7 @@ class NumberEngine(FakeEngine):
     def __init__(self, sign: int, name: str) -> None:
         super().__init__()
         self.sign, self.description = sign, describe_fake(name)
-        self.pairs = server.CrossEncoderPairs(tokenize, 1, (2, 2), 2, MAX_LENGTH)
+        self.pairs = server.CrossEncoderPairs(tokenize, [1], [2], MAX_LENGTH, [2, 2])
 
     def score(self, pairs: Sequence[server.Pair]) -> list[float]:
         super().score(pairs)
