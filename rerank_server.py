@@ -518,7 +518,7 @@ class RerankRequest:
     top_n: int | None = None
     return_documents: bool = False
     raw_scores: bool = False
-    min_score: float | None = None
+    min_score: float = -math.inf
     ids: tuple[Any, ...] | None = None
     cut: Cut = Cut()
     on_overflow: str = TRUNCATE
@@ -881,9 +881,8 @@ Tokenizer = Callable[[str], list[int]]  # without specials; a special token's st
 
 @dataclass(frozen=True)
 class Pair:
-    """ids: with their specials. passage_start: index in ids. n_dropped: tokens of both texts that
-    were cut. query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
-    n_shared: leading ids that are computed once for all pairs of a query (decoders only)."""
+    """n_dropped: tokens of both texts that were cut. query_ids: a bi-encoder's query (ids is then
+    the passage alone). n_shared: leading ids that a decoder computes once for all of a query."""
 
     ids: Sequence[int]
     passage_start: int
@@ -915,12 +914,10 @@ FLAG, MXBAI, WHOLE = "flag", "mxbai", "whole"
 
 @dataclass(frozen=True)
 class PromptParts:
-    """What a language model is asked (convert/recipe.py). The defaults are FlagEmbedding 1.4.2's,
-    FlagLLMReranker: what bge-reranker-v2-gemma was trained with.
-
-    tail: in place of separator and prompt. truncation: what max_length does not count while query
-    and passage are cut: the tail (FLAG), the head (MXBAI), nothing (WHOLE: one text, from its end).
-    """
+    """What a language model is asked (convert/recipe.py). The defaults are what gemma was trained
+    with (FlagEmbedding 1.4.2, FlagLLMReranker). tail: in place of separator and prompt. truncation:
+    what max_length does not count: the tail (FLAG), the head (MXBAI), nothing (WHOLE: query and
+    passage are one text, cut from its end)."""
 
     query_prefix: str = "A: "
     passage_prefix: str = "B: "
@@ -941,9 +938,9 @@ NO_PARTS = PromptParts("", "", "", "", truncation="")
 
 
 class Pairs:
-    """`start | query | separator | passage | tail`, each text tokenised on its own. The query is
-    cut to 3/4 of max_length, then the passage until the pair fits, all counted; see also
-    PromptParts. longest: tokens of the longest pair that is made."""
+    """`start | query | separator | passage | tail`, such as `<s> q </s></s> p </s>` (XLM-R). The
+    query is cut to 3/4 of max_length, then the passage until the pair fits (FlagEmbedding 1.4.2,
+    BaseReranker.compute_score_single_gpu)."""
 
     is_apart = False  # the query is a sequence of its own
     is_shared = False  # what stands before the passages is computed once
@@ -953,6 +950,7 @@ class Pairs:
         separator: Sequence[int] = (), parts: PromptParts = NO_PARTS,
     ) -> None:
         self._tokenize, self._max_length, self._parts = tokenize, max_length, parts
+        self._clean: Callable[[str], str] = str.strip if parts.strip else str
         self._start, self._separator, self._tail = start, separator, tail
         # Its space belongs to the passage's first word.
         self._prefix_ids = tokenize(parts.passage_prefix.rstrip(" "))
@@ -969,33 +967,30 @@ class Pairs:
             ids = self._passage_ids(passage)
             kept = ids[:room]
             if cut.keep_end:
-                prefix, rest = self._split_prefix(ids)
-                kept = [*prefix, *rest[max(0, len(ids) - room) :]]
+                n = self._n_prefix(ids)
+                kept = ids[:n] + ids[n + max(0, len(ids) - room) :]
             pairs.append(self._whole(head, kept, len(ids) - len(kept)))
         return pairs
 
     def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
-        """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
-        which together hold all of it, unless there may be only so many."""
+        """With all parts of the passage, which overlap (by a quarter, unless the cut says more)."""
         head, room = self._head(query, cut)
         ids = self._passage_ids(passage)
-        prefix, rest = self._split_prefix(ids[: cut.max_passage])
-        size = max(1, room - len(prefix))
+        read = ids[: cut.max_passage]
+        n = self._n_prefix(read)
+        size = max(1, room - n)
         overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
-        starts = range(0, max(1, len(rest) - overlap), size - overlap)[: cut.max_windows]
-        n_dropped = len(ids) - len(prefix) - min(len(rest), starts[-1] + size)
-        return [self._whole(head, [*prefix, *rest[at : at + size]], n_dropped) for at in starts]
+        starts = range(n, max(n + 1, len(read) - overlap), size - overlap)[: cut.max_windows]
+        n_dropped = len(ids) - min(len(read), starts[-1] + size)
+        return [self._whole(head, read[:n] + read[at : at + size], n_dropped) for at in starts]
 
     def _passage_ids(self, passage: str) -> list[int]:
-        return self._tokenize(self._parts.passage_prefix + self._stripped(passage))
+        return self._tokenize(self._parts.passage_prefix + self._clean(passage))
 
-    def _stripped(self, text: str) -> str:
-        return text.strip() if self._parts.strip else text
-
-    def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """What every window keeps, and the rest."""
+    def _n_prefix(self, ids: list[int]) -> int:
+        """Every window begins with them."""
         n = len(self._prefix_ids)
-        return (ids[:n], ids[n:]) if ids[:n] == self._prefix_ids else ([], ids)
+        return n if ids[:n] == self._prefix_ids else 0
 
     def _head(self, query: str, cut: Cut) -> tuple[Pair, int]:
         """A pair up to its passage, and the tokens that the passage may have."""
@@ -1003,58 +998,50 @@ class Pairs:
         prefix = parts.query_prefix
         if cut.instruction:
             prefix = parts.instructed_query_prefix.replace("{instruction}", cut.instruction)
-        given = self._tokenize(prefix + self._stripped(query) + parts.query_suffix)
-        ids, most = given, len(given)
+        given = self._tokenize(prefix + self._clean(query) + parts.query_suffix)
+        ids, most = given, MANY
         if cut.max_query:
             most = cut.max_query + len(self._tokenize(prefix))
-        if len(given) > most + len(self._suffix_ids):
-            ids = [*given[:most], *self._suffix_ids]
+        if len(ids) > most + len(self._suffix_ids):
+            ids = ids[:most] + self._suffix_ids
         limit = max(0, max_length + self._free)  # of head and passage
         is_whole = self.is_apart or parts.truncation == WHOLE
         ids = ids[: max(0, limit - len(self._start)) if is_whole else max_length * 3 // 4]
         head = [*self._start, *ids, *self._separator][:limit]
-        n_dropped = len(given) - len(ids)
+        query_ids: list[int] = []
         if self.is_apart:
-            pair = Pair(self._start, len(self._start), n_dropped, [*head, *self._tail])
-        else:
-            pair = Pair(head, len(head), n_dropped, n_shared=len(head) if self.is_shared else 0)
-        return pair, min(max_length, limit - len(pair.ids))
+            head, query_ids = [*self._start], [*head, *self._tail]
+        n_shared = len(head) if self.is_shared else 0
+        pair = Pair(head, len(head), len(given) - len(ids), query_ids, n_shared)
+        return pair, min(max_length, limit - len(head))
 
-    def _whole(self, head: Pair, passage_ids: Sequence[int], n_dropped: int) -> Pair:
-        ids = array.array("i", (*head.ids, *passage_ids, *self._tail))  # four bytes each
+    def _whole(self, head: Pair, passage: list[int], n_dropped: int) -> Pair:
+        ids = array.array("i", (*head.ids, *passage, *self._tail))  # four bytes each
         return dataclasses.replace(head, ids=ids, n_dropped=head.n_dropped + n_dropped)
 
 
-class CrossEncoderPairs(Pairs):
-    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT), cut as FlagEmbedding
-    1.4.2 does (BaseReranker.compute_score_single_gpu)."""
-
-
 class TextPairs(Pairs):
-    """Query and passage apart, each as `[CLS] text [SEP]` (sentence-transformers)."""
+    """Each text as `[CLS] text [SEP]` (sentence-transformers)."""
 
     is_apart = True
 
 
 class PromptPairs(Pairs):
-    """`bos head | query | separator | passage | tail`. Special tokens are read only where no user
-    writes, by `template`."""
+    """template: reads special tokens, which nothing that a user writes may become."""
 
     is_shared = True
 
     def __init__(
-        self, tokenize: Tokenizer, bos: int | None, parts: PromptParts, max_length: int,
-        template: Tokenizer | None = None,
+        self, tokenize: Tokenizer, template: Tokenizer, bos: Sequence[int], parts: PromptParts,
+        max_length: int,
     ) -> None:
-        template = template or tokenize
-        head, separator = template(parts.head), template(parts.separator)
-        start = head if bos is None else [bos, *head]
-        tail = template(parts.tail) or [*separator, *template(parts.prompt)]
+        start, separator = [*bos, *template(parts.head)], template(parts.separator)
+        tail = template(parts.tail) or separator + template(parts.prompt)
         super().__init__(tokenize, start, tail, max_length, separator, parts)
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
-    """For each passage its pair, or its windows. Raises BadRequestError: it may not be cut."""
+    """For each passage its pair, or its windows."""
     made: list[list[Pair]] = []
     for query, own in itertools.groupby(indices, request.query_of):
         passages = [request.passages[index] for index in own]
@@ -1072,9 +1059,8 @@ def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> li
 
 @dataclass(frozen=True)
 class VocabTokenizer:
-    """llama.cpp's own: XLM-R's unigram and BPE are exact in it, but for a normalisation that it
-    leaves out (is_nfc). `</s>` inside a text is text, unless the text is the file's own
-    (reads_special)."""
+    """llama.cpp's own: exact for unigram and BPE, but for a normalisation that it leaves out
+    (is_nfc). reads_special: `</s>` in a text is not text."""
 
     vocab: Any
     is_nfc: bool = False
@@ -1096,8 +1082,7 @@ class XlmRobertaTokenizer(VocabTokenizer):
         return super().__call__(text.replace("\x85", " "))
 
 
-WORDS_KEPT = 16384  # 25 MB if all are of the longest kind
-CHARACTERS_KEPT = 16384  # 3 MB
+WORDS_KEPT = 16384  # 25 MB if all are of the longest kind; as many characters: 3 MB
 MAX_WORD_CHARACTERS = 100
 _IDEOGRAPH = re.compile(  # the CJK blocks that BERT's _is_chinese_char names
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
@@ -1105,9 +1090,8 @@ _IDEOGRAPH = re.compile(  # the CJK blocks that BERT's _is_chinese_char names
 
 
 class WordPieceTokenizer:
-    """BERT's tokenizer over the file's vocabulary (tokenization.py of google-research/bert). Not
-    llama.cpp's, which has no [UNK] for long words, and drops spacing combining marks (Devanagari
-    vowel signs) that BERT keeps."""
+    """BERT's (tokenization.py of google-research/bert). llama.cpp's own has no [UNK] for long words,
+    and drops spacing combining marks (Devanagari vowel signs)."""
 
     def __init__(
         self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
@@ -1116,25 +1100,23 @@ class WordPieceTokenizer:
         self._ids = {f"##{piece}".removeprefix("##▁"): n for n, piece in enumerate(pieces)}
         self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
         self._word = functools.lru_cache(WORDS_KEPT)(self._split_word)
-        self._table = CharacterTable(self._character)
+        self._spaced = functools.lru_cache(WORDS_KEPT)(self._space_character)
 
     def __call__(self, text: str) -> list[int]:
         if self._strip_accents:
             text = unicodedata.normalize("NFD", text)
         ids: list[int] = []
-        for word in text.translate(self._table).split():
+        for word in "".join(map(self._spaced, text)).split():
             ids += [self._unknown] if len(word) > MAX_WORD_CHARACTERS else self._word(word)
         return ids
 
-    def _character(self, character: str) -> str:
-        """BertNormalizer and BertPreTokenizer: what it becomes, with spaces where words end."""
+    def _space_character(self, character: str) -> str:
         category = unicodedata.category(character)
         if character in "\t\n\r" or category.startswith("Z"):
             return " "
         # Not Cn: an emoji may be newer than Python's tables.
-        if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
-            return ""
-        if category == "Mn" and self._strip_accents:
+        is_unseen = character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs")
+        if is_unseen or (category == "Mn" and self._strip_accents):
             return ""
         is_symbol = category.startswith("P") or character in string.punctuation
         if is_symbol or _IDEOGRAPH.match(character):
@@ -1144,28 +1126,15 @@ class WordPieceTokenizer:
 
     def _split_word(self, word: str) -> list[int]:
         ids: list[int] = []
-        start, mark = 0, ""
-        while start < len(word):
-            ends = range(len(word), start, -1)
-            end = next((end for end in ends if mark + word[start:end] in self._ids), None)
-            if end is None:
+        rest, mark = word, ""
+        while rest:
+            pieces = (mark + rest[:end] for end in range(len(rest), 0, -1))
+            piece = next(filter(self._ids.__contains__, pieces), None)
+            if piece is None:
                 return [self._unknown]
-            ids.append(self._ids[mark + word[start:end]])
-            start, mark = end, "##"
+            ids.append(self._ids[piece])
+            rest, mark = rest[len(piece) - len(mark) :], "##"
         return ids
-
-
-class CharacterTable(dict[int, str]):
-    """For str.translate: what each character becomes, computed once for those that are used."""
-
-    def __init__(self, rule: Callable[[str], str]) -> None:
-        super().__init__()
-        self._rule = rule
-
-    def __missing__(self, code: int) -> str:
-        if len(self) >= CHARACTERS_KEPT:
-            self.clear()
-        return self.setdefault(code, self._rule(chr(code)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2440,17 +2409,17 @@ class RankPoolingEngine(Engine):
         return [float(row[0]) for row in rows]
 
 
-def _cross_encoder_pairs(model: LlamaModel) -> CrossEncoderPairs:
+def _cross_encoder_pairs(model: LlamaModel) -> Pairs:
     if llama().llama_vocab_type(model.vocab) == llama().LLAMA_VOCAB_TYPE_WPM:
         first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
-        return CrossEncoderPairs(_word_piece(model), [first], [last], model.limit, [last])
+        return Pairs(_word_piece(model), [first], [last], model.limit, [last])
     if model.description.is_nfc:  # ModernBERT
         first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
         tokenizer = VocabTokenizer(model.vocab, is_nfc=True)
-        return CrossEncoderPairs(tokenizer, [first], [last], model.limit, [last])
+        return Pairs(tokenizer, [first], [last], model.limit, [last])
     first, last = model.special("bos", "<s>"), model.special("eos", "</s>")
     tokenizer = XlmRobertaTokenizer(model.vocab)
-    return CrossEncoderPairs(tokenizer, [first], [last], model.limit, [last, last])
+    return Pairs(tokenizer, [first], [last], model.limit, [last, last])
 
 
 def _word_piece(model: LlamaModel) -> Tokenizer:
@@ -2521,8 +2490,8 @@ class YesLogitEngine(Engine):
         is_gemma = about.architecture == "gemma"
         tokenizer = VocabTokenizer(model.vocab, about.is_nfc)
         template = VocabTokenizer(model.vocab, reads_special=True)
-        bos = model.special("bos", "<bos>") if is_gemma else None
-        self.pairs = PromptPairs(tokenizer, bos, about.prompt, model.limit, template)
+        bos = [model.special("bos", "<bos>")] if is_gemma else []
+        self.pairs = PromptPairs(tokenizer, template, bos, about.prompt, model.limit)
         self._words = (_yes_token(model.gguf, tokenizer),) if is_gemma else about.words
         if max(self._words, default=0) >= model.n_vocab:
             raise model.gguf.refusal("its yes_token_id or no_token_id is no token")
@@ -2751,7 +2720,6 @@ def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
 
 
 def sigmoid(logit: float) -> float:
-    """Raises EngineError: a failure is never a score."""
     if not math.isfinite(logit):
         raise EngineError(f"the model gave {logit} in place of a score")
     exponential = math.exp(-abs(logit))  # with the other sign it may overflow
@@ -2764,8 +2732,6 @@ def score_of(model: ModelDescription, logit: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One passage's result. model: the file that scored it."""
-
     index: int
     logit: float
     score: float
@@ -2778,24 +2744,24 @@ class Scored:
 
 
 def best_first(results: Iterable[Scored]) -> list[Scored]:
-    """By logit, since scores saturate at 1.0; equal ones in the order of the passages."""
+    """By logit: scores saturate at 1.0."""
     return sorted(results, key=lambda result: (-result.logit, result.index))
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The answer before it is written, best first."""
+    """file: the last stage's. results: best first. rescored: the first stage's, of passages that
+    the second put first."""
 
     request: RerankRequest
     path: str
-    file: str  # of the last stage
+    file: str
     results: Sequence[Scored]
-    rescored: Sequence[Scored] = ()  # by the first stage, of passages that the second put first
+    rescored: Sequence[Scored] = ()
 
     def shown(self) -> list[Scored]:
-        request = self.request
-        low = -math.inf if request.min_score is None else request.min_score
-        return [one for one in self.results if one.value(request) >= low][: request.top_n]
+        low, top_n = self.request.min_score, self.request.top_n
+        return [one for one in self.results if one.value(self.request) >= low][:top_n]
 
     @property
     def n_tokens(self) -> int:
