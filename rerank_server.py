@@ -955,8 +955,7 @@ class Pairs:
         # Its space belongs to the passage's first word.
         self._prefix_ids = tokenize(parts.passage_prefix.rstrip(" "))
         self._suffix_ids = tokenize(parts.query_suffix)
-        free = {FLAG: len(tail), MXBAI: len(start)}
-        self._free = free.get(parts.truncation, -len(tail))
+        self._free = {FLAG: len(tail), MXBAI: len(start)}.get(parts.truncation, -len(tail))
         self.longest = max(0, max_length + self._free) + len(tail)
 
     def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
@@ -2719,15 +2718,13 @@ def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def sigmoid(logit: float) -> float:
-    if not math.isfinite(logit):
-        raise EngineError(f"the model gave {logit} in place of a score")
-    exponential = math.exp(-abs(logit))  # with the other sign it may overflow
-    return (exponential if logit < 0 else 1.0) / (1.0 + exponential)
-
-
 def score_of(model: ModelDescription, logit: float) -> float:
-    return sigmoid(model.calibration_scale * logit + model.calibration_bias)
+    """Its sigmoid."""
+    value = model.calibration_scale * logit + model.calibration_bias
+    if not math.isfinite(value):
+        raise EngineError(f"the model gave {logit} in place of a score")
+    exponential = math.exp(-abs(value))  # with the other sign it may overflow
+    return (exponential if value < 0 else 1.0) / (1.0 + exponential)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2750,8 +2747,7 @@ def best_first(results: Iterable[Scored]) -> list[Scored]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """file: the last stage's. results: best first. rescored: the first stage's, of passages that
-    the second put first."""
+    """results: best first. rescored: by the first stage, of what the second put first."""
 
     request: RerankRequest
     path: str
