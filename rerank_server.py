@@ -54,6 +54,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import string
 import struct
 import subprocess
 import sys
@@ -514,7 +515,7 @@ class RerankRequest:
     top_n: int | None = None
     return_documents: bool = False
     raw_scores: bool = False
-    min_score: float | None = None
+    min_score: float = -math.inf
     ids: tuple[Any, ...] | None = None
     cut: Cut = Cut()
     on_overflow: str = TRUNCATE
@@ -877,9 +878,8 @@ Tokenizer = Callable[[str], list[int]]  # without specials; a special token's st
 
 @dataclass(frozen=True)
 class Pair:
-    """ids: with their specials. passage_start: index in ids. n_dropped: tokens of both texts that
-    were cut. query_ids: bi-encoder only, the query's own sequence (ids is then the passage's).
-    n_shared: leading ids that are computed once for all pairs of a query (decoders only)."""
+    """n_dropped: tokens of both texts that were cut. query_ids: a bi-encoder's query (ids is then
+    the passage alone). n_shared: leading ids that a decoder computes once for all of a query."""
 
     ids: Sequence[int]
     passage_start: int
@@ -906,103 +906,15 @@ class Pair:
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What surrounds the passage of a pair: head and tail are never cut."""
-
-    head: tuple[int, ...]
-    tail: tuple[int, ...]
-    room: int  # tokens
-    n_dropped: int = 0  # tokens of the query that were cut
-    query_ids: tuple[int, ...] = ()
-    n_shared: int = 0
-
-    def pair(self, ids: Sequence[int], n_dropped: int) -> Pair:
-        framed = array.array("i", (*self.head, *ids, *self.tail))  # four bytes each
-        n_dropped += self.n_dropped
-        return Pair(framed, len(self.head), n_dropped, self.query_ids, self.n_shared)
-
-
-class Pairs:
-    """Any thread."""
-
-    passage_prefix = ""
-    _prefix_ids: tuple[int, ...] = ()  # passage_prefix's, without a space that may be the passage's
-
-    def __init__(self, tokenize: Tokenizer, max_length: int) -> None:
-        self._tokenize, self._max_length = tokenize, max_length
-        self.longest = max_length  # tokens of the longest pair that is made
-
-    def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
-        frame, pairs = self._frame_for(query, cut), []
-        room = max(0, min(frame.room, cut.max_passage or MANY))
-        for passage in passages:
-            ids = self._passage_ids(passage)
-            kept = ids[:room]
-            if cut.keep_end and len(ids) > room:
-                prefix, rest = self._split_prefix(ids)
-                kept = [*prefix, *rest[len(rest) - max(0, room - len(prefix)) :]]
-            pairs.append(frame.pair(kept, len(ids) - len(kept)))
-        return pairs
-
-    def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
-        """Pairs with overlapping windows of the passage (by a quarter, unless the cut says more),
-        which together hold all of it, unless there may be only so many."""
-        frame = self._frame_for(query, cut)
-        ids = self._passage_ids(passage)
-        prefix, rest = self._split_prefix(ids[: cut.max_passage or len(ids)])
-        size = max(1, frame.room - len(prefix))
-        overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
-        starts = range(0, max(1, len(rest) - overlap), size - overlap)[: cut.max_windows]
-        n_dropped = len(ids) - len(prefix) - min(len(rest), starts[-1] + size)
-        return [frame.pair([*prefix, *rest[at : at + size]], n_dropped) for at in starts]
-
-    def _passage_ids(self, passage: str) -> list[int]:
-        return self._tokenize(self.passage_prefix + passage)
-
-    def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """What every window keeps, and the rest."""
-        n = len(self._prefix_ids)
-        return (ids[:n], ids[n:]) if tuple(ids[:n]) == self._prefix_ids else ([], ids)
-
-    def _frame_for(self, query: str, cut: Cut) -> Frame:
-        max_length = min(cut.max_length or self._max_length, self._max_length)
-        return self._frame(query, max_length, cut)
-
-    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
-        raise NotImplementedError
-
-
-class CrossEncoderPairs(Pairs):
-    """`<s> q </s> </s> p </s>` (XLM-R) or `[CLS] q [SEP] p [SEP]` (BERT). The query is cut to 3/4
-    of max_length, then the passage until the pair fits, specials counted (FlagEmbedding 1.4.2,
-    BaseReranker.compute_score_single_gpu)."""
-
-    def __init__(
-        self, tokenize: Tokenizer, first: int, separators: Sequence[int], last: int,
-        max_length: int,
-    ) -> None:
-        super().__init__(tokenize, max_length)
-        self._first, self._separators, self._last = first, separators, last
-
-    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
-        ids, kept = self._tokenize(query), min(cut.max_query or MANY, max_length * 3 // 4)
-        head = (self._first, *ids[:kept], *self._separators)
-        room = max(0, max_length - len(head) - 1)
-        return Frame(head, (self._last,), room, max(0, len(ids) - kept))
-
-
 FLAG, MXBAI, WHOLE = "flag", "mxbai", "whole"
 
 
 @dataclass(frozen=True)
 class PromptParts:
-    """What a language model is asked (convert/recipe.py). The defaults are FlagEmbedding 1.4.2's,
-    FlagLLMReranker: what bge-reranker-v2-gemma was trained with.
-
-    tail: in place of separator and prompt. truncation: what max_length does not count while query
-    and passage are cut: the tail (FLAG), the head (MXBAI), nothing (WHOLE: one text, from its end).
-    """
+    """What a language model is asked (convert/recipe.py). The defaults are what gemma was trained
+    with (FlagEmbedding 1.4.2, FlagLLMReranker). tail: in place of separator and prompt. truncation:
+    what max_length does not count: the tail (FLAG), the head (MXBAI), nothing (WHOLE: query and
+    passage are one text, cut from its end)."""
 
     query_prefix: str = "A: "
     passage_prefix: str = "B: "
@@ -1019,70 +931,113 @@ class PromptParts:
     strip: bool = False
 
 
-NO_PARTS = PromptParts("", "", "", "")
+NO_PARTS = PromptParts("", "", "", "", truncation="")
 
 
-class PromptPairs(Pairs):
-    """`bos head | query | separator | passage | tail`, each tokenised on its own. Special tokens
-    are read only where no user writes, by `template`. The tail is always whole; what comes before
-    the passage is the same for all passages."""
+class Pairs:
+    """`start | query | separator | passage | tail`, such as `<s> q </s></s> p </s>` (XLM-R). The
+    query is cut to 3/4 of max_length, then the passage until the pair fits (FlagEmbedding 1.4.2,
+    BaseReranker.compute_score_single_gpu)."""
+
+    is_apart = False  # the query is a sequence of its own
+    is_shared = False  # what stands before the passages is computed once
 
     def __init__(
-        self, tokenize: Tokenizer, bos: int | None, parts: PromptParts, max_length: int,
-        template: Tokenizer | None = None,
+        self, tokenize: Tokenizer, start: Sequence[int], tail: Sequence[int], max_length: int,
+        separator: Sequence[int] = (), parts: PromptParts = NO_PARTS,
     ) -> None:
-        super().__init__(tokenize, max_length)
-        template = template or tokenize
-        self._parts, self.passage_prefix = parts, parts.passage_prefix
+        self._tokenize, self._max_length, self._parts = tokenize, max_length, parts
+        self._clean: Callable[[str], str] = str.strip if parts.strip else str
+        self._start, self._separator, self._tail = start, separator, tail
         # Its space belongs to the passage's first word.
-        self._prefix_ids = tuple(tokenize(parts.passage_prefix.rstrip(" ")))
-        self._head = (*(() if bos is None else (bos,)), *template(parts.head))
-        self._separator = tuple(template(parts.separator))
-        self._suffix = tokenize(parts.query_suffix)
-        tail = template(parts.tail) or (*self._separator, *template(parts.prompt))
-        self._tail, self._is_whole = tuple(tail), parts.truncation == WHOLE
-        free = {FLAG: len(tail), MXBAI: len(self._head), WHOLE: -len(tail)}
-        self._free = free[parts.truncation]
+        self._prefix_ids = tokenize(parts.passage_prefix.rstrip(" "))
+        self._suffix_ids = tokenize(parts.query_suffix)
+        self._free = {FLAG: len(tail), MXBAI: len(start)}.get(parts.truncation, -len(tail))
         self.longest = max(0, max_length + self._free) + len(tail)
 
-    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
-        limit, prefix = max(0, max_length + self._free), self._parts.query_prefix
-        if cut.instruction:
-            prefix = self._parts.instructed_query_prefix.replace("{instruction}", cut.instruction)
-        given = self._tokenize(prefix + self._stripped(query) + self._parts.query_suffix)
-        kept = max(0, limit - len(self._head)) if self._is_whole else max_length * 3 // 4
-        ids = given[:kept]
-        if cut.max_query:
-            most = cut.max_query + len(self._tokenize(prefix))
-            if len(given) > most + len(self._suffix):
-                ids = [*given[:most], *self._suffix][:kept]
-        head = (*self._head, *ids, *self._separator)[:limit]
-        room, n_dropped = min(max_length, limit - len(head)), len(given) - len(ids)
-        return Frame(head, self._tail, room, n_dropped, n_shared=len(head))
+    def make(self, query: str, passages: Sequence[str], cut: Cut = Cut()) -> list[Pair]:
+        head, room = self._head(query, cut)
+        room = max(0, min(room, cut.max_passage or MANY))
+        pairs = []
+        for passage in passages:
+            ids = self._passage_ids(passage)
+            kept = ids[:room]
+            if cut.keep_end:
+                n = self._n_prefix(ids)
+                kept = ids[:n] + ids[n + max(0, len(ids) - room) :]
+            pairs.append(self._whole(head, kept, len(ids) - len(kept)))
+        return pairs
+
+    def windows(self, query: str, passage: str, cut: Cut = Cut()) -> list[Pair]:
+        """With all parts of the passage, which overlap (by a quarter, unless the cut says more)."""
+        head, room = self._head(query, cut)
+        ids = self._passage_ids(passage)
+        read = ids[: cut.max_passage]
+        n = self._n_prefix(read)
+        size = max(1, room - n)
+        overlap = min(size - 1, size // 4 if cut.overlap is None else cut.overlap)
+        starts = range(n, max(n + 1, len(read) - overlap), size - overlap)[: cut.max_windows]
+        n_dropped = len(ids) - min(len(read), starts[-1] + size)
+        return [self._whole(head, read[:n] + read[at : at + size], n_dropped) for at in starts]
 
     def _passage_ids(self, passage: str) -> list[int]:
-        return super()._passage_ids(self._stripped(passage))
+        return self._tokenize(self._parts.passage_prefix + self._clean(passage))
 
-    def _stripped(self, text: str) -> str:
-        return text.strip() if self._parts.strip else text
+    def _n_prefix(self, ids: list[int]) -> int:
+        """Every window begins with them."""
+        n = len(self._prefix_ids)
+        return n if ids[:n] == self._prefix_ids else 0
+
+    def _head(self, query: str, cut: Cut) -> tuple[Pair, int]:
+        """A pair up to its passage, and the tokens that the passage may have."""
+        parts, max_length = self._parts, min(cut.max_length or MANY, self._max_length)
+        prefix = parts.query_prefix
+        if cut.instruction:
+            prefix = parts.instructed_query_prefix.replace("{instruction}", cut.instruction)
+        given = self._tokenize(prefix + self._clean(query) + parts.query_suffix)
+        ids, most = given, MANY
+        if cut.max_query:
+            most = cut.max_query + len(self._tokenize(prefix))
+        if len(ids) > most + len(self._suffix_ids):
+            ids = ids[:most] + self._suffix_ids
+        limit = max(0, max_length + self._free)  # of head and passage
+        is_whole = self.is_apart or parts.truncation == WHOLE
+        ids = ids[: max(0, limit - len(self._start)) if is_whole else max_length * 3 // 4]
+        head = [*self._start, *ids, *self._separator][:limit]
+        query_ids: list[int] = []
+        if self.is_apart:
+            head, query_ids = [*self._start], [*head, *self._tail]
+        n_shared = len(head) if self.is_shared else 0
+        pair = Pair(head, len(head), len(given) - len(ids), query_ids, n_shared)
+        return pair, min(max_length, limit - len(head))
+
+    def _whole(self, head: Pair, passage: list[int], n_dropped: int) -> Pair:
+        ids = array.array("i", (*head.ids, *passage, *self._tail))  # four bytes each
+        return dataclasses.replace(head, ids=ids, n_dropped=head.n_dropped + n_dropped)
 
 
 class TextPairs(Pairs):
-    """Query and passage apart, each as `[CLS] text [SEP]` (sentence-transformers)."""
+    """Each text as `[CLS] text [SEP]` (sentence-transformers)."""
 
-    def __init__(self, tokenize: Tokenizer, first: int, last: int, max_length: int) -> None:
-        super().__init__(tokenize, max_length)
-        self._first, self._last = first, last
+    is_apart = True
 
-    def _frame(self, query: str, max_length: int, cut: Cut) -> Frame:
-        ids, room = self._tokenize(query), max_length - 2
-        kept = min(room, cut.max_query or MANY)
-        query_ids = (self._first, *ids[:kept], self._last)
-        return Frame((self._first,), (self._last,), room, max(0, len(ids) - kept), query_ids)
+
+class PromptPairs(Pairs):
+    """template: reads special tokens, which nothing that a user writes may become."""
+
+    is_shared = True
+
+    def __init__(
+        self, tokenize: Tokenizer, template: Tokenizer, bos: Sequence[int], parts: PromptParts,
+        max_length: int,
+    ) -> None:
+        start, separator = [*bos, *template(parts.head)], template(parts.separator)
+        tail = template(parts.tail) or separator + template(parts.prompt)
+        super().__init__(tokenize, start, tail, max_length, separator, parts)
 
 
 def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> list[list[Pair]]:
-    """For each passage its pair, or its windows. Raises BadRequestError: it may not be cut."""
+    """For each passage its pair, or its windows."""
     made: list[list[Pair]] = []
     for query, own in itertools.groupby(indices, request.query_of):
         passages = [request.passages[index] for index in own]
@@ -1098,24 +1053,23 @@ def pairs_of(request: RerankRequest, pairs: Pairs, indices: Sequence[int]) -> li
     return made
 
 
+@dataclass(frozen=True)
 class VocabTokenizer:
-    """llama.cpp's own: XLM-R's unigram and BPE are exact in it, but for a normalisation that it
-    leaves out (is_nfc). The pairs bring their own specials, and `</s>` inside a text is text,
-    unless the text is the file's own (reads_special). Any thread."""
+    """llama.cpp's own: exact for unigram and BPE, but for a normalisation that it leaves out
+    (is_nfc). reads_special: `</s>` in a text is not text."""
 
-    def __init__(self, vocab: Any, is_nfc: bool = False, reads_special: bool = False) -> None:
-        self._vocab, self._native = vocab, llama().llama_tokenize
-        self._is_nfc, self._reads_special = is_nfc, reads_special
+    vocab: Any
+    is_nfc: bool = False
+    reads_special: bool = False
 
     def __call__(self, text: str) -> list[int]:
-        raw = (unicodedata.normalize("NFC", text) if self._is_nfc else text).encode("utf-8")
+        raw = (unicodedata.normalize("NFC", text) if self.is_nfc else text).encode()
         count = -len(raw) - 16  # about an id for each byte at most; else it says how many
-        for _ in range(2):
-            buffer, special = (ctypes.c_int32 * -count)(), self._reads_special
-            count = self._native(self._vocab, raw, len(raw), buffer, -count, False, special)
-            if count >= 0:
-                return list(buffer[:count])
-        raise EngineError("the tokenizer failed")
+        while count < 0:
+            buffer = (ctypes.c_int32 * -count)()
+            count = llama().llama_tokenize(
+                self.vocab, raw, len(raw), buffer, -count, False, self.reads_special)
+        return buffer[:count]
 
 
 class XlmRobertaTokenizer(VocabTokenizer):
@@ -1124,95 +1078,59 @@ class XlmRobertaTokenizer(VocabTokenizer):
         return super().__call__(text.replace("\x85", " "))
 
 
-WORDS_KEPT = 16384  # 25 MB if all are of the longest kind
-CHARACTERS_KEPT = 16384  # 3 MB
+WORDS_KEPT = 16384  # 25 MB if all are of the longest kind; as many characters: 3 MB
+MAX_WORD_CHARACTERS = 100
+_IDEOGRAPH = re.compile(  # the CJK blocks that BERT's _is_chinese_char names
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
+    "\U0002f800-\U0002fa1f]")
 
 
 class WordPieceTokenizer:
-    """BERT's tokenizer over the file's vocabulary (tokenization.py of google-research/bert). Not
-    llama.cpp's, which has no [UNK] for long words, and drops spacing combining marks (Devanagari
-    vowel signs) that BERT keeps. Any thread."""
-
-    MAX_WORD_CHARACTERS = 100
+    """BERT's (tokenization.py of google-research/bert). llama.cpp's own has no [UNK] for long words,
+    and drops spacing combining marks (Devanagari vowel signs)."""
 
     def __init__(
         self, pieces: Sequence[str], unknown: int, lowercase: bool, strip_accents: bool
     ) -> None:
         """pieces: the GGUF's, where BERT's `piece` is "▁piece", and its `##piece` is "piece"."""
-        self._ids = {
-            piece[1:] if piece.startswith("▁") else f"##{piece}": index
-            for index, piece in enumerate(pieces)
-        }
+        self._ids = {f"##{piece}".removeprefix("##▁"): n for n, piece in enumerate(pieces)}
         self._unknown, self._lowercase, self._strip_accents = unknown, lowercase, strip_accents
         self._word = functools.lru_cache(WORDS_KEPT)(self._split_word)
-        self._fold = CharacterTable(self._fold_character)
+        self._spaced = functools.lru_cache(WORDS_KEPT)(self._space_character)
 
     def __call__(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for word in self._words(text):
-            is_long = len(word) > self.MAX_WORD_CHARACTERS
-            ids += (self._unknown,) if is_long else self._word(word)
-        return ids
-
-    def _words(self, text: str) -> list[str]:
-        text = text.translate(_CLEAN)
         if self._strip_accents:
             text = unicodedata.normalize("NFD", text)
-        return text.translate(self._fold).split()
+        ids: list[int] = []
+        for word in "".join(map(self._spaced, text)).split():
+            ids += [self._unknown] if len(word) > MAX_WORD_CHARACTERS else self._word(word)
+        return ids
 
-    def _fold_character(self, character: str) -> str:
+    def _space_character(self, character: str) -> str:
         category = unicodedata.category(character)
-        if self._strip_accents and category == "Mn":
+        if character in "\t\n\r" or category.startswith("Z"):
+            return " "
+        # Not Cn: an emoji may be newer than Python's tables.
+        is_unseen = character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs")
+        if is_unseen or (category == "Mn" and self._strip_accents):
             return ""
-        is_ascii_symbol = "!" <= character <= "~" and not character.isalnum()
-        if is_ascii_symbol or category.startswith("P"):
+        is_symbol = category.startswith("P") or character in string.punctuation
+        if is_symbol or _IDEOGRAPH.match(character):
             return f" {character} "
         # One by one: no final sigma, as the reference.
         return character.lower() if self._lowercase else character
 
-    def _split_word(self, word: str) -> tuple[int, ...]:
+    def _split_word(self, word: str) -> list[int]:
         ids: list[int] = []
-        start, mark = 0, ""
-        while start < len(word):
-            ends = range(len(word), start, -1)
-            end = next((end for end in ends if mark + word[start:end] in self._ids), None)
-            if end is None:
-                return (self._unknown,)
-            ids.append(self._ids[mark + word[start:end]])
-            start, mark = end, "##"
-        return tuple(ids)
-
-
-class CharacterTable(dict[int, str]):
-    """For str.translate: what each character becomes, computed once for those that are used."""
-
-    def __init__(self, rule: Callable[[str], str]) -> None:
-        super().__init__()
-        self._rule = rule
-
-    def __missing__(self, code: int) -> str:
-        if len(self) >= CHARACTERS_KEPT:
-            self.clear()
-        return self.setdefault(code, self._rule(chr(code)))
-
-
-def _clean_character(character: str) -> str:
-    """BertNormalizer."""
-    category = unicodedata.category(character)
-    if character in "\t\n\r" or category.startswith("Z"):
-        return " "
-    # Not Cn: an emoji may be newer than Python's tables.
-    if character == "\ufffd" or category in ("Cc", "Cf", "Co", "Cs"):
-        return ""
-    is_ideograph = any(low <= ord(character) <= high for low, high in _IDEOGRAPHS)
-    return f" {character} " if is_ideograph else character
-
-
-_IDEOGRAPHS = (  # the CJK blocks that BERT's _is_chinese_char names
-    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF),
-    (0x2F800, 0x2FA1F),
-)
-_CLEAN = CharacterTable(_clean_character)
+        rest, mark = word, ""
+        while rest:
+            pieces = (mark + rest[:end] for end in range(len(rest), 0, -1))
+            piece = next(filter(self._ids.__contains__, pieces), None)
+            if piece is None:
+                return [self._unknown]
+            ids.append(self._ids[piece])
+            rest, mark = rest[len(piece) - len(mark) :], "##"
+        return ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2348,17 +2266,17 @@ class RankPoolingEngine(Engine):
         return [float(row[0]) for row in rows]
 
 
-def _cross_encoder_pairs(model: LlamaModel) -> CrossEncoderPairs:
+def _cross_encoder_pairs(model: LlamaModel) -> Pairs:
     if llama().llama_vocab_type(model.vocab) == llama().LLAMA_VOCAB_TYPE_WPM:
         first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
-        return CrossEncoderPairs(_word_piece(model), first, [last], last, model.limit)
+        return Pairs(_word_piece(model), [first], [last], model.limit, [last])
     if model.description.is_nfc:  # ModernBERT
         first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
         tokenizer = VocabTokenizer(model.vocab, is_nfc=True)
-        return CrossEncoderPairs(tokenizer, first, [last], last, model.limit)
+        return Pairs(tokenizer, [first], [last], model.limit, [last])
     first, last = model.special("bos", "<s>"), model.special("eos", "</s>")
     tokenizer = XlmRobertaTokenizer(model.vocab)
-    return CrossEncoderPairs(tokenizer, first, [last, last], last, model.limit)
+    return Pairs(tokenizer, [first], [last], model.limit, [last, last])
 
 
 def _word_piece(model: LlamaModel) -> Tokenizer:
@@ -2429,8 +2347,8 @@ class YesLogitEngine(Engine):
         is_gemma = about.architecture == "gemma"
         tokenizer = VocabTokenizer(model.vocab, about.is_nfc)
         template = VocabTokenizer(model.vocab, reads_special=True)
-        bos = model.special("bos", "<bos>") if is_gemma else None
-        self.pairs = PromptPairs(tokenizer, bos, about.prompt, model.limit, template)
+        bos = [model.special("bos", "<bos>")] if is_gemma else []
+        self.pairs = PromptPairs(tokenizer, template, bos, about.prompt, model.limit)
         self._words = (_yes_token(model.gguf, tokenizer),) if is_gemma else about.words
         if max(self._words, default=0) >= model.n_vocab:
             raise model.gguf.refusal("its yes_token_id or no_token_id is no token")
@@ -2519,7 +2437,7 @@ class EmbeddingEngine(Engine):
     def __init__(self, model: LlamaModel) -> None:
         super().__init__(model)
         first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
-        self.pairs = TextPairs(_word_piece(model), first, last, model.limit)
+        self.pairs = TextPairs(_word_piece(model), [first], [last], model.limit)
         self._encoder = EncoderContext(model, llama().LLAMA_POOLING_TYPE_MEAN)
         self._query_vectors: OrderedDict[tuple[int, ...], FloatArray] = OrderedDict()
 
@@ -2658,22 +2576,17 @@ def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def sigmoid(logit: float) -> float:
-    """Raises EngineError for NaN and infinities: a failure is never a score."""
-    if not math.isfinite(logit):
-        raise EngineError(f"the model gave {logit} in place of a score")
-    exponential = math.exp(-abs(logit))  # with the other sign it may overflow
-    return (exponential if logit < 0 else 1.0) / (1.0 + exponential)
-
-
 def score_of(model: ModelDescription, logit: float) -> float:
-    return sigmoid(model.calibration_scale * logit + model.calibration_bias)
+    """Its sigmoid."""
+    value = model.calibration_scale * logit + model.calibration_bias
+    if not math.isfinite(value):
+        raise EngineError(f"the model gave {logit} in place of a score")
+    exponential = math.exp(-abs(value))  # with the other sign it may overflow
+    return (exponential if value < 0 else 1.0) / (1.0 + exponential)
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One passage's result. model: the file that scored it."""
-
     index: int
     logit: float
     score: float
@@ -2686,28 +2599,26 @@ class Scored:
 
 
 def best_first(results: Iterable[Scored]) -> list[Scored]:
-    """By logit, since scores saturate at 1.0; equal ones in the order of the passages."""
+    """By logit: scores saturate at 1.0."""
     return sorted(results, key=lambda result: (-result.logit, result.index))
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The answer before it is written, best first."""
+    """results: best first. rescored: by the first stage, of what the second put first."""
 
     request: RerankRequest
     path: str
-    file: str  # of the last stage
+    file: str
     results: Sequence[Scored]
-    rescored: Sequence[Scored] = ()  # by the first stage, of passages that the second put first
+    rescored: Sequence[Scored] = ()
 
     def shown(self) -> list[Scored]:
-        top_n, low = self.request.top_n, self.request.min_score
-        high = [one for one in self.results if low is None or one.value(self.request) >= low]
-        return high[:top_n]
+        low, top_n = self.request.min_score, self.request.top_n
+        return [one for one in self.results if one.value(self.request) >= low][:top_n]
 
     @property
     def n_tokens(self) -> int:
-        """Read in both stages."""
         return sum(result.n_tokens for result in (*self.results, *self.rescored))
 
 

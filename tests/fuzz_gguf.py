@@ -56,8 +56,8 @@ def main(file: Path, scratch: Path, seconds: float, n_tries: int, seed: int) -> 
             counts["refused" if "\n" not in str(error) else "refused in several lines"] += 1
             continue
         try:
-            scores = [rerank_server.sigmoid(logit) for logit in engine.score(engine.pairs.make("query", ["passage"]))]
-            assert 0 <= scores[0] <= 1, scores
+            (logit,) = engine.score(engine.pairs.make("query", ["passage"]))
+            assert 0 <= rerank_server.score_of(engine.description, logit) <= 1, logit
             counts["scored"] += 1
         except rerank_server.EngineError:  # a NaN or an infinity, which never becomes a score
             counts["failed"] += 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import Gguf
 from server_process import ROOT, ServerProcess
+from test_http import sigmoid
 
 import rerank_server
 from bench import calibrate
@@ -146,10 +147,10 @@ def test_the_server_applies_the_map_to_scores_and_leaves_logits_and_order(calibr
     assert logits == plain
     assert [index for index, _ in scores] == [index for index, _ in logits]
     for (index, score), (_, logit) in zip(scores, logits, strict=True):
-        expected = rerank_server.sigmoid(entry["scale"] * logit + entry["bias"])
+        expected = sigmoid(entry["scale"] * logit + entry["bias"])
         assert score == pytest.approx(expected, abs=SAME_SCORE)
         assert native[index] == score
-    plainly = [rerank_server.sigmoid(logit) for _, logit in logits]
+    plainly = [sigmoid(logit) for _, logit in logits]
     assert [score for _, score in scores] != pytest.approx(plainly, abs=0.01), "this sample's map must differ from none"
 
 

@@ -36,7 +36,7 @@ class NumberEngine(FakeEngine):
     def __init__(self, sign: int, name: str) -> None:
         super().__init__()
         self.sign, self.description = sign, describe_fake(name)
-        self.pairs = server.CrossEncoderPairs(tokenize, 1, (2, 2), 2, MAX_LENGTH)
+        self.pairs = server.Pairs(tokenize, [1], [2], MAX_LENGTH, [2, 2])
 
     def score(self, pairs: Sequence[server.Pair]) -> list[float]:
         super().score(pairs)
@@ -483,7 +483,7 @@ def test_a_shortened_pair_has_the_references_logit_and_its_token_count(
 def test_gemmas_prompt_is_whole_around_every_part_of_a_passage() -> None:
     """Whichever tokens of the passage are read, "B: " stands before them, as in every prompt it was trained on."""
     parts = server.PromptParts("1", "2 ", "3", "4 4")
-    pairs = server.PromptPairs(tokenize, 9, parts, 40)
+    pairs = server.PromptPairs(tokenize, tokenize, [9], parts, 40)
     passage = " ".join(str(number) for number in range(100, 200))
     windows = pairs.windows("7", passage)
     changes: list[dict[str, Any]] = [{}, {"keep_end": True}, {"max_passage": 5}]

@@ -20,6 +20,7 @@ from conftest import ROOT, Gguf
 from golden.inputs import SCORED_PAIRS
 from guard import needs
 from server_process import ServerProcess
+from test_http import sigmoid
 
 import rerank_server
 from bench import checkpoints as bench_checkpoints
@@ -104,7 +105,7 @@ def test_the_served_score_is_the_references(name: str, gguf_of: Gguf, golden: di
     for query in {pair.query for pair, _ in pairs}:
         mine = [(pair.passage, logit) for pair, logit in pairs if pair.query == query]
         scores = server.rerank(query=query, passages=[text for text, _ in mine], use_llm=name == "gemma")[1]
-        expected = [rerank_server.sigmoid(logit) for _, logit in mine]
+        expected = [sigmoid(logit) for _, logit in mine]
         assert scores == pytest.approx(expected, abs=SCORE_TOLERANCE)
     assert server.stop() == 0
 
@@ -264,7 +265,7 @@ def test_check_scores_pairs_from_standard_input(gguf_of: Gguf) -> None:
     done = run("--check", gguf_of("xlmr"), "--pairs", "-", stdin="\n".join(map(json.dumps, lines)) + "\n")
     assert done.returncode == 0, done.stderr
     first, second, last = map(json.loads, done.stdout.splitlines())
-    assert first["score"] == pytest.approx(rerank_server.sigmoid(first["logit"]))
+    assert first["score"] == pytest.approx(sigmoid(first["logit"]))
     assert (first["truncated"], second["truncated"], len(second["ids"])) == (False, True, 32)
     assert last["summary"]["n_pairs"] == 2
 
