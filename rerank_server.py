@@ -1253,8 +1253,6 @@ def take_batch(
 
 
 class Entry(NamedTuple):
-    """A pair of a batch."""
-
     pair: Pair
     job: Job
 
@@ -1272,7 +1270,7 @@ class Job:
     """A request's pairs. The queue's lock guards it, but for its request's own keys."""
 
     def __init__(self, n_estimated: int) -> None:
-        self.n_estimated = n_estimated  # tokens of the whole request
+        self.n_estimated = n_estimated  # of the whole request
         self.left = 1.0  # the part of it that is still text; 0: no more pairs will come
         self.waiting: list[Pair] = []
         self.n_waiting = 0  # tokens
@@ -1312,9 +1310,8 @@ class Queue:
 
     @contextlib.contextmanager
     def admit(self, n_estimated: int) -> Iterator[Job]:
-        """A job, whose pairs are dropped when the `with` ends. n_estimated: tokens. One job counts
-        for at most half of what may wait: a list of any length is accepted, and leaves room for
-        others."""
+        """A job, whose pairs are dropped when the `with` ends. It counts for at most half of what
+        may wait: a list of any length is accepted, and leaves room for others."""
         job, half = Job(n_estimated), self._max_tokens // 2
         with self._changed:
             if self._closed:
@@ -1337,8 +1334,7 @@ class Queue:
         return len(self._jobs)
 
     def wait_for_room(self, job: Job, max_waiting: int, call: Call) -> None:
-        """Until no more than so many tokens of the job wait: a long list is tokenised only a little
-        ahead of the engine."""
+        """A long list is tokenised only a little ahead of the engine."""
 
         def has_room() -> bool:
             return job.n_waiting <= max_waiting or job.scored.done()
@@ -1400,7 +1396,7 @@ class Queue:
                 self._settle(job)
 
     def end(self, error: RequestError, jobs: Iterable[Job] = ()) -> None:
-        """Of these jobs (default: all) nothing more is scored; who waits for one gets the error."""
+        """Nothing more of these jobs (default: all) is scored; who waits for one gets the error."""
         with self._changed:
             for job in tuple(jobs or self._jobs):
                 if not job.scored.done():
