@@ -19,7 +19,10 @@ One request, from socket to floats:
 Only a model's one scheduler thread touches its llama context, so no lock guards it. Tokenising is
 safe from any thread (llama.h).
 
-The file is in the order in which the data flows.
+The file is in the order in which the data flows. Lengths are in tokens and times in seconds unless
+a name says otherwise. For what a client does wrong a RequestError is raised, for a file a
+ModelError, for a flag a SettingsError. Any thread may call anything, but an engine belongs to its
+scheduler's thread.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from __future__ import annotations
 import argparse
 import array
 import base64
-import configparser
 import contextlib
 import ctypes
 import dataclasses
@@ -199,12 +201,12 @@ def _check_setting(field: dataclasses.Field[Any], value: Any) -> None:
         raise SettingsError(f"{flag} must be {', '.join(allowed)}, not {value!r}")
 
 
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def environment_variable_of(name: str) -> str:
     return "RERANK_" + name.upper()
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def settings_parser() -> argparse.ArgumentParser:
@@ -229,7 +231,6 @@ def settings_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Settings:
-    """Raises SettingsError."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Settings):
         given, source = getattr(arguments, field.name), flag_of(field.name)
@@ -246,7 +247,7 @@ def _parse_setting(default: Any, given: str | bool, source: str) -> Any:
         return given
     try:
         if isinstance(default, bool):
-            return configparser.ConfigParser.BOOLEAN_STATES[given.lower()]
+            return {"true": True, "1": True, "false": False, "0": False}[given.lower()]
         if isinstance(default, int):
             return int(given)
     except (KeyError, ValueError):
@@ -318,7 +319,7 @@ CPUS, CGROUPS = "/sys/devices/system/cpu/cpu", Path("/sys/fs/cgroup")
 def _read(path: Path) -> str:
     """Empty where there is none."""
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 
@@ -4010,7 +4011,8 @@ def _payload(response: Response) -> bytes:
 # Start, check, stop
 # --------------------------------------------------------------------------------------------------
 
-SPARE_FILES = 128  # beside those of connections: models, logs, connections that are turned away
+MAX_POINTER_BYTES = 1000  # of a file that stands for one in git-lfs
+LOADED = b"\0"  # no signal has this number
 HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for
 SAMPLE = "capital of France?", ["Paris is the capital of France.", "I like cheese."]
 
@@ -4023,19 +4025,17 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
         lines.append("    no m3 file found, so the small English model serves this role")
         lines.append(f"    to get m3: {MODEL_COMMANDS['m3']}")
     if roles.gemma:
-        lines += _role_lines("use_llm true ", roles.gemma, settings)
-        lines.append("    loaded on first use")
+        lines += [*_role_lines("use_llm true ", roles.gemma, settings), "    loaded on first use"]
     else:
         lines.append("  use_llm true   no model: answers 503")
         lines.append(f"    to get gemma: {MODEL_COMMANDS['gemma']}")
-    lines += [f"  {line}" for line in unconverted(settings.model_folders)]
+    lines += unconverted(settings.model_folders)
     if not WEB.is_dir():
         lines.append("  no web/ beside rerank_server.py: no page, no /docs")
     example = json.dumps(dict(zip(("query", "passages"), SAMPLE, strict=True)))
+    limits = f"{settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB"
     return "\n".join([
-        *lines, "", f"  {settings.tuning}",
-        f"  pairs of at most {settings.max_length} tokens, bodies of at most "
-        f"{settings.max_body_mb} MB",
+        *lines, "", f"  {settings.tuning}", f"  pairs of at most {limits}",
         f"  listening on {address}", "", "  open it in a browser, or try it here:",
         f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
     ])
@@ -4064,28 +4064,16 @@ def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None)
 
 def unconverted(folders: Iterable[Path]) -> Iterator[str]:
     """A line with the command for each reranker's checkpoint that no GGUF file was made of yet."""
-    for config in (config for folder in folders for config in sorted(folder.glob("*/config.json"))):
+    for config in [config for folder in folders for config in sorted(folder.glob("*/config.json"))]:
         checkpoint = config.parent
-        where = os.path.relpath(checkpoint)
-        if any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf")) or not _is_reranker(config):
+        is_reranker = "rerank" in checkpoint.name or "ForSequenceClassification" in _read(config)
+        if not is_reranker or any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf")):
             continue
-        if any(map(_is_lfs_pointer, checkpoint.glob("*.safetensors"))):
-            yield f"{where} holds git-lfs pointers: cd {where} && git lfs pull"
+        where, weights = os.path.relpath(checkpoint), checkpoint.glob("*.safetensors")
+        if any(file.stat().st_size < MAX_POINTER_BYTES for file in weights):
+            yield f"  {where} holds git-lfs pointers: cd {where} && git lfs pull"
         else:
-            yield f"{where} is not converted yet: .venv/bin/python -m convert {where}"
-
-
-def _is_reranker(config: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        architecture = json.loads(config.read_bytes())["architectures"][0]
-        return "rerank" in config.parent.name or "ForSequenceClassification" in architecture
-    return False
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(30).startswith(b"version https://git-lfs")
-    return False
+            yield f"  {where} is not converted yet: .venv/bin/python -m convert {where}"
 
 
 def address_of(server: RerankServer, settings: Settings) -> str:
@@ -4098,9 +4086,11 @@ def address_of(server: RerankServer, settings: Settings) -> str:
 
 def serve(settings: Settings) -> None:
     """Runs until SIGTERM or Ctrl-C."""
-    stop = StopSignals()
-    _allow_files(settings.max_connections)
+    events, told = _stop_events()
     _bound_heaps()
+    with contextlib.suppress(ValueError):  # macOS has no largest number
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file
     local = find_roles(settings)
     roles = Roles(*local)
     try:
@@ -4111,13 +4101,13 @@ def serve(settings: Settings) -> None:
     # m3 is loaded before anything is read from a client: while it is, nothing else may run in this
     # process (see _given_back_while_written). Connections wait in the kernel.
     loading = local[0].start(is_alone=True)
-    loading.add_done_callback(lambda _: stop.wake())
-    if not stop.wait():
+    loading.add_done_callback(lambda _: told.send(LOADED))
+    if events.recv(1) == LOADED:
         loading.result()
         accept = functools.partial(server.serve_forever, poll_interval=0.1)
         threading.Thread(target=accept, name="accept", daemon=True).start()
         print(start_report(roles, settings, address_of(server, settings)), flush=True)
-        stop.wait()
+        events.recv(1)
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
     if not server.drain(settings.drain_s):
         log.warning("some requests were not done within %d s", settings.drain_s)
@@ -4127,39 +4117,16 @@ def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
-class StopSignals:
-    """SIGTERM and SIGINT. The kernel may give them to any thread, and that does not wake a main
-    thread which waits for a lock. So the main thread reads what the C handler writes; and Python's
-    handler, which does nothing, may be interrupted by itself."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)  # set_wakeup_fd asks for it
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # or they would end the process
-
-    def wait(self) -> bool:
-        """Until a signal came (True), or somebody woke it."""
-        return self._reader.recv(1) != _WAKE
-
-    def wake(self) -> None:
-        """Any thread."""
-        self._writer.send(_WAKE)
-
-
-_WAKE = b"\0"  # no signal has this number
-
-
-def _allow_files(max_connections: int) -> None:
-    """Raises SettingsError when this process may not open as many."""
-    needed = max_connections + SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        what = f"needs {needed} open files: `ulimit -Hn` says {hard}"
-        raise SettingsError(f"--max-connections {max_connections} {what}")
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+def _stop_events() -> tuple[socket.socket, socket.socket]:
+    """Where the main thread reads a byte for each SIGTERM and SIGINT, and where others may send
+    one. The kernel may give a signal to any thread, and that wakes no main thread that waits for a
+    lock: so what it reads is what the C handler writes, and Python's handler does nothing."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)  # set_wakeup_fd asks for it
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # or they would end the process
+    return reader, writer
 
 
 def _bound_heaps() -> None:
@@ -4199,46 +4166,31 @@ def _check_lines(engine: Engine) -> Iterator[str]:
 def _score_lines(engine: Engine, lines: Iterable[str]) -> None:
     pairs: list[Pair] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            pairs.append(_line_pair(engine, line))
+            if line.strip():
+                pairs += _line_pairs(engine, line)
         except BadRequestError as error:
             raise ModelError(f"--pairs, line {number}: {error.message}") from None
     started = time.perf_counter()
     logits = score_all(engine, pairs)
-    summary = {
-        "arithmetic": engine.arithmetic, "n_pairs": len(pairs),
-        "n_tokens": sum(len(pair.ids) for pair in pairs),
-        "seconds": time.perf_counter() - started, "rss_bytes": resident_bytes(),
-    }
+    seconds = time.perf_counter() - started
     for pair, logit in zip(pairs, logits, strict=True):
-        print(json.dumps(_shown_pair(engine, pair, logit)))
-    print(json.dumps({"summary": summary}))
+        shown = {**dataclasses.asdict(pair), "truncated": pair.truncated}
+        shown |= {"ids": list(pair.ids), "query_ids": list(pair.query_ids)}
+        shown |= {"pieces": engine.pieces(pair.ids), "query_pieces": engine.pieces(pair.query_ids)}
+        print(json.dumps({**shown, "logit": logit, "score": score_of(engine.description, logit)}))
+    print(json.dumps({"summary": {
+        "arithmetic": engine.arithmetic, "n_pairs": len(pairs), "seconds": seconds,
+        "n_tokens": sum(len(pair.ids) for pair in pairs), "rss_bytes": resident_bytes(),
+    }}))
 
 
-def _line_pair(engine: Engine, line: str) -> Pair:
-    """Raises BadRequestError."""
+def _line_pairs(engine: Engine, line: str) -> list[Pair]:
+    """A line is read as a request with one passage, which may set max_length, too."""
     body = parse_json_object(line.encode("utf-8", "surrogatepass"))
-    for name in ("query", "passage"):
-        if name not in body:
-            raise BadRequestError(_expected(name, "a string", body), name)
-    query, passage = (_text_of(body[name], name) for name in ("query", "passage"))
-    length = body.get("max_length")
-    cut = Cut() if length is None else Cut(max_length=_COUNT(length, "max_length"))
-    (pair,) = engine.pairs.make(query, [passage], cut)
-    return pair
-
-
-def _shown_pair(engine: Engine, pair: Pair, logit: float) -> dict[str, Any]:
-    shown = {
-        "ids": list(pair.ids), "pieces": engine.pieces(pair.ids),
-        "query_ids": list(pair.query_ids), "query_pieces": engine.pieces(pair.query_ids),
-        "passage_start": pair.passage_start, "n_dropped": pair.n_dropped,
-        "truncated": pair.truncated, "logit": logit,
-        "score": score_of(engine.description, logit),
-    }
-    return {name: value for name, value in shown.items() if value != []}
+    passage = body.pop("passage", None)
+    request, _ = RerankRequest.parse(json.dumps({**body, "passages": [passage]}).encode())
+    return engine.pairs.make(request.queries[0], request.passages, request.cut)
 
 
 class LogFormatter(logging.Formatter):
@@ -4259,7 +4211,8 @@ class LogFormatter(logging.Formatter):
         for name, value in fields.items():
             if name not in self.IN_MESSAGE:
                 is_list = isinstance(value, tuple)
-                text += f" {name}={json.dumps(value, ensure_ascii=False) if is_list else value}"
+                shown = json.dumps(value, ensure_ascii=False) if is_list else value
+                text += f" {name}={shown}"
         return text
 
 
