@@ -183,6 +183,16 @@ def test_a_stop_is_heard_whichever_thread_the_kernel_gives_the_signal_to(models:
     assert server.wait() == 0
 
 
+@pytest.mark.parametrize("delay_s", [0.4, 0.6])
+def test_a_stop_while_the_model_is_loaded_ends_the_process(models: Path, delay_s: float) -> None:
+    """Would break: a container that is stopped while a large model is read hangs until it is killed."""
+    command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", "0", "--models", str(models)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(delay_s)
+    process.terminate()
+    assert process.wait(10) in (0, -signal.SIGTERM)  # before it listens to signals, they end it
+
+
 def test_signals_may_interrupt_each_other(models: Path) -> None:
     """Under `make run` the terminal and make both send Ctrl-C: a server whose handler took a lock hung now and then,
     and could only be killed."""
