@@ -19,7 +19,10 @@ One request, from socket to floats:
 Only a model's one scheduler thread touches its llama context, so no lock guards it. Tokenising is
 safe from any thread (llama.h).
 
-The file is in the order in which the data flows.
+The file is in the order in which the data flows. Lengths are in tokens and times in seconds unless
+a name says otherwise. For what a client does wrong a RequestError is raised, for a file a
+ModelError, for a flag a SettingsError. Any thread may call anything, but an engine belongs to its
+scheduler's thread.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from __future__ import annotations
 import argparse
 import array
 import base64
-import configparser
 import contextlib
 import ctypes
 import dataclasses
@@ -142,7 +144,7 @@ class Settings:
     max_timeout_s: int = _setting(
         3600, "seconds that a request may take, unless it sets fewer; then 504", 1, 86400)
     max_connections: int = _setting(
-        512, "connections at once, each with a thread; beyond it 503", 1, 65536)
+        512, "connections at once, each with a thread; others wait", 1, 65536)
     header_timeout_s: int = _setting(
         10, "seconds in which a request's header must have arrived", 1, 3600)
     body_timeout_s: int = _setting(
@@ -200,12 +202,12 @@ def _check_setting(field: dataclasses.Field[Any], value: Any) -> None:
         raise SettingsError(f"{flag} must be {', '.join(allowed)}, not {value!r}")
 
 
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def environment_variable_of(name: str) -> str:
     return "RERANK_" + name.upper()
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def settings_parser() -> argparse.ArgumentParser:
@@ -230,7 +232,6 @@ def settings_parser() -> argparse.ArgumentParser:
 
 
 def read_settings(arguments: argparse.Namespace, environment: dict[str, str]) -> Settings:
-    """Raises SettingsError."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Settings):
         given, source = getattr(arguments, field.name), flag_of(field.name)
@@ -247,7 +248,7 @@ def _parse_setting(default: Any, given: str | bool, source: str) -> Any:
         return given
     try:
         if isinstance(default, bool):
-            return configparser.ConfigParser.BOOLEAN_STATES[given.lower()]
+            return {"true": True, "1": True, "false": False, "0": False}[given.lower()]
         if isinstance(default, int):
             return int(given)
     except (KeyError, ValueError):
@@ -319,7 +320,7 @@ CPUS, CGROUPS = "/sys/devices/system/cpu/cpu", Path("/sys/fs/cgroup")
 def _read(path: Path) -> str:
     """Empty where there is none."""
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 
@@ -3197,7 +3198,7 @@ SEND_TIMEOUT_S = 30  # for a client that does not read its answer
 LINGER_S = 2.0  # after an early refusal: how long the rest of the body is read and thrown away
 CUT_OFF_S = 1.0  # after --drain-s: for those who are told that their request will not be done
 ACCEPT_PAUSE_S = 0.05  # when the system gives no more file descriptors
-MAX_TURNED_AWAY = 64  # connections that read why they were not served
+MAX_LEAVING = 64  # connections that were told to make room and have not ended yet
 PREFLIGHT_AGE_S = 600  # a browser asks again after it
 
 # -- What the server is given at its start ---------------------------------------------------------
@@ -3205,33 +3206,25 @@ PREFLIGHT_AGE_S = 600  # a browser asks again after it
 
 def api_key_digests(settings: Settings) -> list[bytes]:
     """Empty: no key is asked for. Digests, since comparing strings of different lengths tells the
-    length. Raises SettingsError."""
-    keys = {"--api-key": settings.api_key} if settings.api_key else {}
-    if settings.api_key_file is not None:
-        keys |= _keys_of(settings.api_key_file)
+    length."""
+    path, keys = settings.api_key_file, {"--api-key": settings.api_key}
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line.startswith("#"):
+                keys[f"--api-key-file: {path}, line {number}"] = line
+        if not any(keys.values()):
+            raise SettingsError(f"--api-key-file: {path} holds no key")
     for source, key in keys.items():
-        if not re.fullmatch(r"[!-~]+", key):
+        if not re.fullmatch(r"[!-~]*", key):
             raise SettingsError(f"{source}: a key holds visible ASCII characters only, no spaces")
-    return [hashlib.sha256(key.encode()).digest() for key in keys.values()]
-
-
-def _keys_of(path: Path) -> dict[str, str]:
-    """By the place where each stands."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--api-key-file: {path} cannot be read: {error}") from None
-    keys = {}
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if line and not line.startswith("#"):
-            keys[f"--api-key-file: {path}, line {number}"] = line
-    if not keys:
-        raise SettingsError(f"--api-key-file: {path} holds no key")
-    return keys
+    return [hashlib.sha256(key.encode()).digest() for key in keys.values() if key]
 
 
 def allowed_origins(settings: Settings) -> frozenset[str]:
-    """Raises SettingsError."""
     given = {origin.strip() for origin in settings.cors_origins.split(",")} - {""}
     for origin in given:
         if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", origin):
@@ -3241,7 +3234,6 @@ def allowed_origins(settings: Settings) -> frozenset[str]:
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """None: plain HTTP. Raises SettingsError."""
     if settings.tls_cert is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3262,16 +3254,13 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 class RerankServer(http.server.ThreadingHTTPServer):
-    """One thread for each connection, and at most --max-connections of them.
-
-    It knows which connections are idle, that is, have no whole header: the longest idle one makes
-    room for a new client when the server is full, and those without a byte are closed at the stop.
-    """
+    """A thread for each connection, and at most --max-connections of them. It knows which are idle,
+    that is, have no whole header: the longest idle one makes room for a new client. While there is
+    none, new clients wait in the kernel."""
 
     request_queue_size = 256  # prevents: a burst of clients is refused (the library has room for 5)
 
     def __init__(self, application: Application, settings: Settings) -> None:
-        """Raises SettingsError for keys, origins or a certificate, OSError for the address."""
         self.application, self.settings = application, settings
         self.api_key_digests = api_key_digests(settings)
         self.allowed_origins = allowed_origins(settings)
@@ -3281,14 +3270,12 @@ class RerankServer(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition()  # guards _idle, _open and draining
         self._idle: dict[RerankHandler, None] = {}  # the longest idle first
         self._open = 0  # connections
-        self._turned_away: deque[socket.socket] = deque(maxlen=MAX_TURNED_AWAY)
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), RerankHandler)
         if self.tls_context is not None:  # each connection's own thread shakes hands
             self.socket = self.tls_context.wrap_socket(
-                self.socket, server_side=True, do_handshake_on_connect=False
-            )
+                self.socket, server_side=True, do_handshake_on_connect=False)
 
     def server_bind(self) -> None:
         """Prevents: looking up this host's name, which takes seconds where DNS is slow."""
@@ -3305,42 +3292,19 @@ class RerankServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Prevents: any number of threads."""
-        if self._admit():
-            super().process_request(request, client_address)
-        else:
-            self._turn_away(request)
-
-    def _admit(self) -> bool:
-        """Counts a new connection. When there is no room, the longest idle one has to leave; False
-        when none is idle, or when too many that were told to leave are still there."""
         with self._changed:
-            n_too_many = self._open - self.settings.max_connections
-            if n_too_many >= 0:
-                if not self._idle or n_too_many >= MAX_TURNED_AWAY:
-                    return False
+            self._changed.wait_for(self._has_room)
+            if self._open >= self.settings.max_connections and self._idle:
                 longest = next(iter(self._idle))
                 del self._idle[longest]
                 longest.stop_reading()
             self._open += 1
-            return True
+        super().process_request(request, client_address)
 
-    def _turn_away(self, connection: socket.socket) -> None:
-        """503, without waiting for the client. The connection is held, its sending ended, until
-        MAX_TURNED_AWAY later ones were turned away: closing it with unread bytes would destroy
-        the answer."""
-        refusal = BusyError("all connections are in use")
-        body = json.dumps(refusal.body()).encode()
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nRetry-After: {refusal.headers['Retry-After']}\r\n"
-            "Connection: close\r\n\r\n"
-        )
-        with contextlib.suppress(OSError):
-            connection.setblocking(False)
-            if self.tls_context is None:  # a handshake would have to be waited for
-                connection.send(head.encode() + body)
-            socket.socket.shutdown(connection, socket.SHUT_WR)
-        self._turned_away.append(connection)
+    def _has_room(self) -> bool:
+        n_too_many = self._open - self.settings.max_connections
+        can_make_room = bool(self._idle) and n_too_many < MAX_LEAVING
+        return n_too_many < 0 or can_make_room or self.draining
 
     def shutdown_request(self, request: Any) -> None:
         """The end of each connection that was admitted, also where no thread could be started."""
@@ -3353,6 +3317,7 @@ class RerankServer(http.server.ThreadingHTTPServer):
         """Until becomes_busy. While the server stops, only what has arrived is still read."""
         with self._changed:
             self._idle[handler] = None
+            self._changed.notify_all()
             if self.draining:
                 handler.stop_reading()
 
@@ -3363,20 +3328,20 @@ class RerankServer(http.server.ThreadingHTTPServer):
     def drain(self, timeout_s: float) -> bool:
         """Stops accepting, answers what has arrived, closes. False: some request was not done in
         time, and got 503."""
+        with self._changed:
+            self.draining = self.application.is_stopping = True
+            self._changed.notify_all()
         self.shutdown()
         while select.select([self.socket], [], [], 0)[0]:  # closing would reset what waits there
             self.handle_request()
         self.server_close()
         with self._changed:
-            self.draining = self.application.is_stopping = True
             for handler in self._idle:
                 if handler.is_silent:
                     handler.stop_reading()
             is_done = self._changed.wait_for(self._is_empty, timeout_s)
             self.is_cut_off = not is_done
-            if self.is_cut_off:
-                self._changed.wait_for(self._is_empty, CUT_OFF_S)
-        self._turned_away.clear()
+            self._changed.wait_for(self._is_empty, CUT_OFF_S)
         return is_done
 
     def _is_empty(self) -> bool:
@@ -3388,14 +3353,13 @@ class RerankServer(http.server.ThreadingHTTPServer):
 
 
 class ByteBudget:
-    """Bytes of request bodies in memory, over all connections. Any thread."""
+    """Bytes of request bodies in memory, over all connections."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._taken = limit, 0
         self._lock = threading.Lock()  # guards _taken
 
     def take(self, n_bytes: int) -> None:
-        """Raises BusyError when there is no room."""
         with self._lock:
             if self._taken + n_bytes > self._limit:
                 raise BusyError("the server holds as many request bodies as it may")
@@ -3412,22 +3376,20 @@ class ByteBudget:
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 _FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)  # no space before the colon
-_TARGET = re.compile(  # a path, or a URL
-    r"(?:(?i:https?)://[^/?#@]+|(?=/))(/[^?#]*)?(?:\?[^#]*)?"
-)
+_TARGET = re.compile(r"(?:(?i:https?)://[^/?#@]+|(?=/))(/[^?#]*)?(?:\?[^#]*)?")  # a path or a URL
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _ONCE = ("host", "content-length", "transfer-encoding")  # RFC 9110, 8.6 and RFC 9112, 3.2
 _POLL_FIN = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere only a reset is seen
 
 
 class DeadlineStream(io.RawIOBase):
     """A connection's bytes, until a deadline. A socket's own time-out is for each read, and a
-    client that sends a byte now and then never meets it. Its thread alone uses it."""
+    client that sends a byte now and then never meets it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._deadline, self._bytes_per_s = 0.0, math.inf
 
     def allow(self, seconds: float, bytes_per_s: float = math.inf) -> None:
         """From now on; and more for what arrives: a large body may take longer, not a slow one."""
@@ -3437,11 +3399,11 @@ class DeadlineStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """io.BufferedReader's hook. Raises HttpError 408 and ClientGoneError."""
+        """io.BufferedReader's hook."""
         left_s = self._deadline - time.monotonic()
-        if left_s <= 0:
-            raise HttpError("the request took too long to arrive", 408)
         try:
+            if left_s <= 0:
+                raise TimeoutError
             self._connection.settimeout(left_s)
             n_bytes = self._connection.recv_into(buffer)
         except TimeoutError:
@@ -3454,14 +3416,13 @@ class DeadlineStream(io.RawIOBase):
 
 class RerankHandler(http.server.BaseHTTPRequestHandler):
     """Reads one request after the other from a connection and writes exactly one answer to each.
-
     From http.server come the loop (handle), the names (command, path, headers, close_connection)
-    and the writing of heads (send_response, send_header). The reading is replaced.
-    """
+    and the writing of heads (send_response, send_header). The reading is replaced."""
 
     server: RerankServer
     rfile: io.BufferedReader
     wfile: io.BytesIO
+    headers: dict[str, str]  # type: ignore[assignment]  # by their names in lower case
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -3475,7 +3436,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         self._begin(Call())
 
     def stop_reading(self) -> None:
-        """Any thread. What has arrived is still read."""
+        """What has arrived is still read."""
         self.is_stopped = True
         with contextlib.suppress(OSError):  # SSLSocket's own shutdown would end the sending, too
             socket.socket.shutdown(self.connection, socket.SHUT_RD)
@@ -3531,8 +3492,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         """Forgets the last request, so that an idle connection holds nothing of it."""
         self.server.bodies.give_back(self._n_counted)
         self.command, self.path, self.request_version = "", "", "HTTP/1.1"
-        self.headers, self.wfile = http.client.HTTPMessage(), io.BytesIO()
-        self._joined: dict[str, list[str]] = {}  # headers by their names in lower case
+        self.headers, self.wfile = {}, io.BytesIO()
         self._call, self._body, self._n_counted = call, b"", 0
         self._length: int | None = None  # of the body in bytes; None: not given
         self._is_chunked = False
@@ -3547,8 +3507,8 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return self.server.is_cut_off
 
     def _answer(self) -> bytes:
-        """Reads a request and makes the answer. Whatever the application raises is answered: what
-        befalls the connection itself is a ClientGoneError."""
+        """Whatever the application raises is answered: what befalls the connection itself is a
+        ClientGoneError."""
         self._is_unread = True
         try:
             response = self._respond()
@@ -3563,45 +3523,36 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         self._stream.allow(self.server.settings.header_timeout_s)
         self.parse_request()
         self.server.becomes_busy(self)
-        handler = self._handler()
-        has_key = self._has_key()
-        if not has_key and self._has_long_body():
-            raise _unauthorized()
-        self._body = b"".join(self._parts(is_counted=has_key))
-        self._is_unread = False
-        is_open = endpoint_of(self.command, self.path) in OPEN_ENDPOINTS
+        handler, has_key = self._handler(), self._has_key()
+        is_announced = self._is_chunked or self._expects_continue()
+        if has_key or not (is_announced or (self._length or 0) > MAX_UNAUTHORIZED_BODY_BYTES):
+            self._body = b"".join(self._parts(is_counted=has_key))
+            self._is_unread = False
+        is_open = endpoint_of(self.command, self.path) in OPEN_ENDPOINTS and not self._is_unread
         if not (has_key or is_open or self.command == "OPTIONS"):
-            raise _unauthorized()  # only now: the shape of the answer depends on the body
-        call = self._call
-        call.path, call.accept, call.timeout_s = self.path, self._field("accept"), self._timeout_s()
+            # Only now: the shape of the answer depends on the body.
+            must = "the Authorization header must be: Bearer KEY, with a key of this server"
+            raise HttpError(must, 401, {"WWW-Authenticate": "Bearer"})
+        self._call.path, self._call.accept = self.path, self._field("accept")
         return handler(self._body, self._call)
 
-    def _methods(self) -> dict[str, Handler]:
-        """What the path takes. Raises HttpError 404."""
-        if self.path == "*":
-            return {}
-        routes, methods = self.server.application.routes, dict[str, Handler]()
+    def _handler(self) -> Handler:
+        routes, takes = self.server.application.routes, dict[str, Handler]()
         for method in ("GET", "POST"):
             handler = routes.get(endpoint_of(method, self.path) or "", {}).get(method)
-            methods |= {method: handler} if handler else {}
-        if not methods:
+            takes |= {method: handler} if handler else {}
+        if not takes and self.path != "*":
             url = f"http://{self._field('host') or 'HOST:PORT'}"
             message = f"there is no {self.path[:200]!r} here; a base URL is {url} or {url}/v1"
             raise HttpError(message, 404)
-        return methods
-
-    def _handler(self) -> Handler:
-        """Raises HttpError 404 and 405."""
-        methods = self._methods()
-        takes = [*methods, "HEAD"] if "GET" in methods else [*methods]
+        if "GET" in takes:
+            takes["HEAD"] = takes["GET"]
         allowed = ", ".join([*takes, "OPTIONS"])
-        if self.command == "OPTIONS":
-            return functools.partial(_answer_options, allowed)
-        handler = methods.get("GET" if self.command == "HEAD" else self.command)
-        if handler is None:
+        takes["OPTIONS"] = functools.partial(_answer_options, allowed)
+        if self.command not in takes:
             message = f"{self.path} takes {allowed}, not {self.command[:20]}"
             raise HttpError(message, 405, {"Allow": allowed})
-        return handler
+        return takes[self.command]
 
     def _has_key(self) -> bool:
         """True where none is asked for. Compares with every key, so that the time does not tell
@@ -3611,20 +3562,6 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         keys = self.server.api_key_digests
         is_one_of_them = sum(hmac.compare_digest(digest, key) for key in keys) > 0
         return not keys or (is_one_of_them and scheme.lower() == "bearer")
-
-    def _has_long_body(self) -> bool:
-        """Longer than what is read, uncounted, from a client without a key."""
-        is_announced = self._is_chunked or self._expects_continue()
-        return is_announced or (self._length or 0) > MAX_UNAUTHORIZED_BODY_BYTES
-
-    def _timeout_s(self) -> float:
-        """X-Request-Timeout-Ms. Raises BadRequestError."""
-        given = self.headers.get("x-request-timeout-ms", "3600000000")
-        if not re.fullmatch(r"[0-9]{1,10}", given) or int(given) == 0:
-            raise BadRequestError(
-                "the X-Request-Timeout-Ms header must be a number of milliseconds, at least 1"
-            )
-        return int(given) / 1000
 
     def _refusal(self, error: Exception) -> Response:
         if isinstance(error, ModelError):
@@ -3640,7 +3577,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """The head, by RFC 9112. Prevents: HTTP/0.9, bare LFs, folded and broken header lines, two
-        lengths, an ignored Transfer-Encoding, 6 MB of headers. Raises HttpError."""
+        lengths, an ignored Transfer-Encoding, 6 MB of headers."""
         line = self._line(MAX_REQUEST_LINE_BYTES, 414) or self._line(MAX_REQUEST_LINE_BYTES, 414)
         parts = _REQUEST_LINE.fullmatch(line)
         if parts is None:
@@ -3650,8 +3587,6 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             raise HttpError(f"HTTP/{major}.{minor} is not spoken here; HTTP/1.1 is", 505)
         self.request_version = f"HTTP/1.{minor}"
         self.headers = self._fields()
-        for name, value in self.headers.items():  # repeated ones are joined: RFC 9110, 5.3
-            self._joined.setdefault(name.lower(), []).append(value)
         is_missing = "host" not in self.headers and minor != "0"
         if is_missing or not _HOST.fullmatch(self._field("host")):
             raise HttpError("a request needs one Host header, with a host in it")
@@ -3662,7 +3597,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _path_of(self, target: str) -> str:
-        """Without the query. Raises HttpError."""
+        """Without the query."""
         if target == "*" and self.command == "OPTIONS":
             return target
         parts = _TARGET.fullmatch(target)
@@ -3672,7 +3607,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return parts[1] or "/"
 
     def _find_length(self) -> None:
-        """By RFC 9112, 6.1 to 6.3. Raises HttpError."""
+        """By RFC 9112, 6.1 to 6.3."""
         length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
         if coding is not None:
             if length is not None or self.request_version == "HTTP/1.0":
@@ -3688,26 +3623,29 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         may_have_body = self._is_chunked or self.command in ("POST", "PUT", "PATCH")
         self._is_unread = may_have_body if self._length is None else self._length > 0
 
-    def _fields(self) -> http.client.HTTPMessage:
-        """Header or trailer fields, up to the empty line. Raises HttpError."""
-        fields, room = http.client.HTTPMessage(), MAX_HEADER_BYTES
+    def _fields(self) -> dict[str, str]:
+        """Header or trailer fields, up to the empty line; repeated ones are joined (RFC 9110,
+        5.3)."""
+        fields, room, n_lines = dict[str, str](), MAX_HEADER_BYTES, 0
         while line := self._line(room, 431):
-            room -= len(line) + 2
+            room, n_lines = room - len(line) - 2, n_lines + 1
             parts = _FIELD_LINE.fullmatch(line)
             if parts is None:
                 must = "a header line must be one line, NAME: VALUE, without control characters"
                 raise HttpError(f"{must}, not {line[:40].decode('latin-1')!r}")
-            name = parts[1].decode()
-            if name.lower() in _ONCE and name in fields:
-                raise HttpError(f"the {name.lower()} header is there twice")
-            fields[name] = parts[2].decode("latin-1").strip(" \t")
-            if len(fields) > MAX_HEADERS:
+            name, value = parts[1].decode().lower(), parts[2].decode("latin-1").strip(" \t")
+            if name in fields:
+                if name in _ONCE:
+                    raise HttpError(f"the {name} header is there twice")
+                value = f"{fields[name]}, {value}"
+            fields[name] = value
+            if n_lines > MAX_HEADERS:
                 raise HttpError(f"there are more than {MAX_HEADERS} header lines", 431)
         return fields
 
     def _field(self, name: str) -> str:
         """Empty where there is none. name: in lower case."""
-        return ", ".join(self._joined.get(name, ()))
+        return self.headers.get(name, "")
 
     def _line(self, limit: int, status: int = 400) -> bytes:
         """One line of at most limit bytes, without its CRLF. Some servers take a bare LF or CR for
@@ -3728,7 +3666,6 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return HttpError("the connection ended in the middle of a request")
 
     def _expects_continue(self) -> bool:
-        """Raises HttpError for an expectation that HTTP does not define."""
         expected = self._field("expect").lower()
         if self.request_version == "HTTP/1.0" or not expected:
             return False
@@ -3737,7 +3674,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         return self._is_chunked or bool(self._length)
 
     def _parts(self, is_counted: bool) -> Iterator[bytes]:
-        """The body. is_counted: in the budget for bodies. Raises HttpError and BusyError."""
+        """The body. is_counted: in the budget for bodies."""
         limit = self.server.settings.max_body_mb * 1_000_000
         self._check_body(limit)
         self._stream.allow(self.server.settings.body_timeout_s, MIN_BODY_BYTES_PER_S)
@@ -3750,7 +3687,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             yield part
 
     def _check_body(self, limit: int) -> None:
-        """What is known before it arrives. Raises HttpError."""
+        """What is known before it arrives."""
         if self.command == "POST" and self._length is None and not self._is_chunked:
             raise HttpError("the request needs a Content-Length header, or a chunked body", 411)
         coding = self._field("content-encoding").lower()
@@ -3763,25 +3700,21 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             raise HttpError(f"{found}; at most {limit:,} are accepted", 413)
 
     def _chunks(self, limit: int) -> Iterator[bytes]:
-        """RFC 9112, 7.1. Trailers are checked and ignored. Raises HttpError."""
-        n_bytes = 0
-        while size := self._chunk_size():
+        """RFC 9112, 7.1. Extensions and trailers are checked and ignored."""
+        n_bytes, size = 0, 1
+        while size:
+            parts = _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE_BYTES))
+            if parts is None:
+                raise HttpError("a chunk must begin with its size in hexadecimal digits")
+            size = int(parts[1], 16)
             n_bytes += size
             if n_bytes > limit:
                 raise HttpError(f"the body has more than the {limit:,} bytes accepted", 413)
             yield from self._read(size)
-            if self._line(MAX_CHUNK_LINE_BYTES):
+            if size and self._line(MAX_CHUNK_LINE_BYTES):
                 raise HttpError("a chunk is longer than its size says")
-        trailer = self._fields()
-        if any(name in trailer for name in _ONCE):
+        if not self._fields().keys().isdisjoint(_ONCE):
             raise HttpError("a trailer must not say how long the request is, or whom it is for")
-
-    def _chunk_size(self) -> int:
-        """Extensions are checked and ignored."""
-        parts = _CHUNK_LINE.fullmatch(self._line(MAX_CHUNK_LINE_BYTES))
-        if parts is None:
-            raise HttpError("a chunk must begin with its size in hexadecimal digits")
-        return int(parts[1], 16)
 
     def _read(self, n_bytes: int) -> Iterator[bytes]:
         """In parts, so that each is counted before the next one is read."""
@@ -3806,26 +3739,20 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             is_page = isinstance(response.body, str)
             headers["Content-Type"] = response.page_type if is_page else "application/json"
             headers["Content-Length"] = str(len(payload))
-        headers |= self._connection_headers()
+        must_close = self._is_unread or self.is_stopped or self.server.draining
+        if self.close_connection or must_close:
+            headers["Connection"] = "close"
+        else:  # a pool that knows the time does not reuse a connection that is about to close
+            headers["Connection"] = "keep-alive"
+            headers["Keep-Alive"] = f"timeout={self.server.settings.keep_alive_s}"
         self.send_response(response.status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(payload)
-        return self.wfile.getvalue()
-
-    def _connection_headers(self) -> dict[str, str]:
-        """A pool that knows the time does not reuse a connection that is about to close."""
-        must_close = self._is_unread or self.is_stopped or self.server.draining
-        if self.close_connection or must_close:
-            return {"Connection": "close"}
-        timeout = f"timeout={self.server.settings.keep_alive_s}"
-        return {"Connection": "keep-alive", "Keep-Alive": timeout}
+        return self.wfile.getvalue() + (b"" if self.command == "HEAD" else payload)
 
     def _write(self, data: bytes) -> None:
-        """Prevents: a client that does not read its answer holds a thread. Raises
-        ClientGoneError."""
+        """Prevents: a client that does not read its answer holds a thread."""
         try:
             self.connection.settimeout(SEND_TIMEOUT_S + len(data) / MIN_BODY_BYTES_PER_S)
             self.connection.sendall(data)
@@ -3849,31 +3776,24 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         """What tells a browser that a page of an allowed origin may ask, and read the answer
         (Fetch standard, 3.3)."""
         allowed, origin = self.server.allowed_origins, self._field("origin")
-        if not allowed:
-            return {}
-        if origin not in allowed and not (origin and "*" in allowed):
-            return {"Vary": "Origin"}
-        own = {"Vary": "Origin", "Access-Control-Allow-Origin": origin}
-        own["Access-Control-Expose-Headers"] = ", ".join(headers)
-        if self.command == "OPTIONS":
-            own |= self._preflight_headers(headers.get("Allow", ""))
-        return own
-
-    def _preflight_headers(self, methods: str) -> dict[str, str]:
-        asked = self._field("access-control-request-headers")
-        own = {
-            "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
-            "Access-Control-Max-Age": str(PREFLIGHT_AGE_S),
-        }
-        if self._field("access-control-request-private-network") == "true":  # a page from outside
-            own["Access-Control-Allow-Private-Network"] = "true"
+        own = {"Vary": "Origin"} if allowed else {}
+        if origin and not allowed.isdisjoint((origin, "*")):
+            own["Access-Control-Allow-Origin"] = origin
+            own["Access-Control-Expose-Headers"] = ", ".join(headers)
+            if self.command == "OPTIONS":
+                asked = self._field("access-control-request-headers")
+                own["Access-Control-Allow-Methods"] = headers.get("Allow", "")
+                own["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
+                own["Access-Control-Max-Age"] = str(PREFLIGHT_AGE_S)
+                private = "private-network"  # which a page from outside asks for
+                if self._field(f"access-control-request-{private}") == "true":
+                    own[f"access-control-allow-{private}"] = "true"
         return own
 
     def _request_id(self) -> str:
         """The client's, if it is printable and short."""
-        if not re.fullmatch(r"[\x21-\x7e]{1,128}", self._field("x-request-id")):
-            self._joined["x-request-id"] = [uuid.uuid4().hex]
+        if not _REQUEST_ID.fullmatch(self._field("x-request-id")):
+            self.headers["x-request-id"] = uuid.uuid4().hex
         return self._field("x-request-id")
 
     def _milliseconds(self) -> dict[str, float]:
@@ -3882,23 +3802,19 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """With each answer: one line in the log, and the metrics. Prevents: lines on stderr."""
-        application, call, status = self.server.application, self._call, int(code)
+        metrics, call, status = self.server.application.metrics, self._call, int(code)
         route = endpoint_of(self.command, self.path) or "other"
-        application.metrics.add("requests", 1, route, str(status))
-        application.metrics.add("request_seconds", call.seconds, route)
-        fields: dict[str, Any] = {"id": self._request_id(), "method": self.command or "?"}
-        fields |= {"path": self.path[:200], "status": status}
-        fields |= {"pairs": call.n_pairs, "tokens": call.n_tokens}
+        metrics.add("requests", 1, route, str(status))
+        metrics.add("request_seconds", call.seconds, route)
+        fields: dict[str, Any] = {
+            "id": self._request_id(), "method": self.command or "?", "path": self.path[:200],
+            "status": status, "pairs": call.n_pairs, "tokens": call.n_tokens,
+        }
         fields |= {f"{name}_ms": value for name, value in self._milliseconds().items()}
         if self.server.settings.log_texts and call.request is not None:
             fields |= {"queries": call.request.queries, "passages": call.request.passages}
         shown = f"{fields['method']} {fields['path']} {status}"
         log.info("%s", shown, extra={"fields": fields})
-
-
-def _unauthorized() -> HttpError:
-    must = "the Authorization header must be: Bearer KEY, with a key of this server"
-    return HttpError(must, 401, {"WWW-Authenticate": "Bearer"})
 
 
 def _answer_options(allowed: str, raw: bytes, call: Call) -> Response:
@@ -3917,7 +3833,8 @@ def _payload(response: Response) -> bytes:
 # Start, check, stop
 # --------------------------------------------------------------------------------------------------
 
-SPARE_FILES = 128  # beside those of connections: models, logs, connections that are turned away
+MAX_POINTER_BYTES = 1000  # of a file that stands for one in git-lfs
+LOADED = b"\0"  # no signal has this number
 HUNG_ENGINE_S = 5.0  # a stopping server waits so long for a decode that nobody waits for
 SAMPLE = "capital of France?", ["Paris is the capital of France.", "I like cheese."]
 
@@ -3930,19 +3847,17 @@ def start_report(roles: Roles, settings: Settings, address: str) -> str:
         lines.append("    no m3 file found, so the small English model serves this role")
         lines.append(f"    to get m3: {MODEL_COMMANDS['m3']}")
     if roles.gemma:
-        lines += _role_lines("use_llm true ", roles.gemma, settings)
-        lines.append("    loaded on first use")
+        lines += [*_role_lines("use_llm true ", roles.gemma, settings), "    loaded on first use"]
     else:
         lines.append("  use_llm true   no model: answers 503")
         lines.append(f"    to get gemma: {MODEL_COMMANDS['gemma']}")
-    lines += [f"  {line}" for line in unconverted(settings.model_folders)]
+    lines += unconverted(settings.model_folders)
     if not WEB.is_dir():
         lines.append("  no web/ beside rerank_server.py: no page, no /docs")
     example = json.dumps(dict(zip(("query", "passages"), SAMPLE, strict=True)))
+    limits = f"{settings.max_length} tokens, bodies of at most {settings.max_body_mb} MB"
     return "\n".join([
-        *lines, "", f"  {settings.tuning}",
-        f"  pairs of at most {settings.max_length} tokens, bodies of at most "
-        f"{settings.max_body_mb} MB",
+        *lines, "", f"  {settings.tuning}", f"  pairs of at most {limits}",
         f"  listening on {address}", "", "  open it in a browser, or try it here:",
         f"  curl -s {address}/rerank -H 'Content-Type: application/json' -d '{example}'", "",
     ])
@@ -3971,28 +3886,16 @@ def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None)
 
 def unconverted(folders: Iterable[Path]) -> Iterator[str]:
     """A line with the command for each reranker's checkpoint that no GGUF file was made of yet."""
-    for config in (config for folder in folders for config in sorted(folder.glob("*/config.json"))):
+    for config in [config for folder in folders for config in sorted(folder.glob("*/config.json"))]:
         checkpoint = config.parent
-        where = os.path.relpath(checkpoint)
-        if any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf")) or not _is_reranker(config):
+        is_reranker = "rerank" in checkpoint.name or "ForSequenceClassification" in _read(config)
+        if not is_reranker or any(checkpoint.parent.glob(f"{checkpoint.name}-*.gguf")):
             continue
-        if any(map(_is_lfs_pointer, checkpoint.glob("*.safetensors"))):
-            yield f"{where} holds git-lfs pointers: cd {where} && git lfs pull"
+        where, weights = os.path.relpath(checkpoint), checkpoint.glob("*.safetensors")
+        if any(file.stat().st_size < MAX_POINTER_BYTES for file in weights):
+            yield f"  {where} holds git-lfs pointers: cd {where} && git lfs pull"
         else:
-            yield f"{where} is not converted yet: .venv/bin/python -m convert {where}"
-
-
-def _is_reranker(config: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        architecture = json.loads(config.read_bytes())["architectures"][0]
-        return "rerank" in config.parent.name or "ForSequenceClassification" in architecture
-    return False
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(30).startswith(b"version https://git-lfs")
-    return False
+            yield f"  {where} is not converted yet: .venv/bin/python -m convert {where}"
 
 
 def address_of(server: RerankServer, settings: Settings) -> str:
@@ -4005,9 +3908,11 @@ def address_of(server: RerankServer, settings: Settings) -> str:
 
 def serve(settings: Settings) -> None:
     """Runs until SIGTERM or Ctrl-C."""
-    stop = StopSignals()
-    _allow_files(settings.max_connections)
+    events, told = _stop_events()
     _bound_heaps()
+    with contextlib.suppress(ValueError):  # macOS has no largest number
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file
     local = find_roles(settings)
     roles = Roles(*local)
     try:
@@ -4018,13 +3923,14 @@ def serve(settings: Settings) -> None:
     # m3 is loaded before anything is read from a client: while it is, nothing else may run in this
     # process (see _given_back_while_written). Connections wait in the kernel.
     loading = local[0].start(is_alone=True)
-    loading.add_done_callback(lambda _: stop.wake())
-    if not stop.wait():
-        loading.result()
-        accept = functools.partial(server.serve_forever, poll_interval=0.1)
-        threading.Thread(target=accept, name="accept", daemon=True).start()
-        print(start_report(roles, settings, address_of(server, settings)), flush=True)
-        stop.wait()
+    loading.add_done_callback(lambda _: told.send(LOADED))
+    if events.recv(1) != LOADED:
+        os._exit(0)  # nobody was served yet, and who loads cannot be stopped
+    loading.result()
+    accept = functools.partial(server.serve_forever, poll_interval=0.1)
+    threading.Thread(target=accept, name="accept", daemon=True).start()
+    print(start_report(roles, settings, address_of(server, settings)), flush=True)
+    events.recv(1)
     log.info("stopping: requests in flight are answered first (at most %d s)", settings.drain_s)
     if not server.drain(settings.drain_s):
         log.warning("some requests were not done within %d s", settings.drain_s)
@@ -4034,39 +3940,16 @@ def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
-class StopSignals:
-    """SIGTERM and SIGINT. The kernel may give them to any thread, and that does not wake a main
-    thread which waits for a lock. So the main thread reads what the C handler writes; and Python's
-    handler, which does nothing, may be interrupted by itself."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)  # set_wakeup_fd asks for it
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # or they would end the process
-
-    def wait(self) -> bool:
-        """Until a signal came (True), or somebody woke it."""
-        return self._reader.recv(1) != _WAKE
-
-    def wake(self) -> None:
-        """Any thread."""
-        self._writer.send(_WAKE)
-
-
-_WAKE = b"\0"  # no signal has this number
-
-
-def _allow_files(max_connections: int) -> None:
-    """Raises SettingsError when this process may not open as many."""
-    needed = max_connections + SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        what = f"needs {needed} open files: `ulimit -Hn` says {hard}"
-        raise SettingsError(f"--max-connections {max_connections} {what}")
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+def _stop_events() -> tuple[socket.socket, socket.socket]:
+    """Where the main thread reads a byte for each SIGTERM and SIGINT, and where others may send
+    one. The kernel may give a signal to any thread, and that wakes no main thread that waits for a
+    lock: so what it reads is what the C handler writes, and Python's handler does nothing."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)  # set_wakeup_fd asks for it
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # or they would end the process
+    return reader, writer
 
 
 def _bound_heaps() -> None:
@@ -4106,46 +3989,31 @@ def _check_lines(engine: Engine) -> Iterator[str]:
 def _score_lines(engine: Engine, lines: Iterable[str]) -> None:
     pairs: list[Pair] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            pairs.append(_line_pair(engine, line))
+            if line.strip():
+                pairs += _line_pairs(engine, line)
         except BadRequestError as error:
             raise ModelError(f"--pairs, line {number}: {error.message}") from None
     started = time.perf_counter()
     logits = score_all(engine, pairs)
-    summary = {
-        "arithmetic": engine.arithmetic, "n_pairs": len(pairs),
-        "n_tokens": sum(len(pair.ids) for pair in pairs),
-        "seconds": time.perf_counter() - started, "rss_bytes": resident_bytes(),
-    }
+    seconds = time.perf_counter() - started
     for pair, logit in zip(pairs, logits, strict=True):
-        print(json.dumps(_shown_pair(engine, pair, logit)))
-    print(json.dumps({"summary": summary}))
+        shown = {**dataclasses.asdict(pair), "truncated": pair.truncated}
+        shown |= {"ids": list(pair.ids), "query_ids": list(pair.query_ids)}
+        shown |= {"pieces": engine.pieces(pair.ids), "query_pieces": engine.pieces(pair.query_ids)}
+        print(json.dumps({**shown, "logit": logit, "score": score_of(engine.description, logit)}))
+    print(json.dumps({"summary": {
+        "arithmetic": engine.arithmetic, "n_pairs": len(pairs), "seconds": seconds,
+        "n_tokens": sum(len(pair.ids) for pair in pairs), "rss_bytes": resident_bytes(),
+    }}))
 
 
-def _line_pair(engine: Engine, line: str) -> Pair:
-    """Raises BadRequestError."""
+def _line_pairs(engine: Engine, line: str) -> list[Pair]:
+    """A line is read as a request with one passage, which may set max_length, too."""
     body = parse_json_object(line.encode("utf-8", "surrogatepass"))
-    for name in ("query", "passage"):
-        if name not in body:
-            raise BadRequestError(_expected(name, "a string", body), name)
-    query, passage = (_text_of(body[name], name) for name in ("query", "passage"))
-    length = body.get("max_length")
-    cut = Cut() if length is None else Cut(max_length=_COUNT(length, "max_length"))
-    (pair,) = engine.pairs.make(query, [passage], cut)
-    return pair
-
-
-def _shown_pair(engine: Engine, pair: Pair, logit: float) -> dict[str, Any]:
-    shown = {
-        "ids": list(pair.ids), "pieces": engine.pieces(pair.ids),
-        "query_ids": list(pair.query_ids), "query_pieces": engine.pieces(pair.query_ids),
-        "passage_start": pair.passage_start, "n_dropped": pair.n_dropped,
-        "truncated": pair.truncated, "logit": logit,
-        "score": score_of(engine.description, logit),
-    }
-    return {name: value for name, value in shown.items() if value != []}
+    passage = body.pop("passage", None)
+    request, _ = RerankRequest.parse(json.dumps({**body, "passages": [passage]}).encode())
+    return engine.pairs.make(request.queries[0], request.passages, request.cut)
 
 
 class LogFormatter(logging.Formatter):
@@ -4166,7 +4034,8 @@ class LogFormatter(logging.Formatter):
         for name, value in fields.items():
             if name not in self.IN_MESSAGE:
                 is_list = isinstance(value, tuple)
-                text += f" {name}={json.dumps(value, ensure_ascii=False) if is_list else value}"
+                shown = json.dumps(value, ensure_ascii=False) if is_list else value
+                text += f" {name}={shown}"
         return text
 
 

@@ -125,6 +125,11 @@ _openvinos = [
     for precision in ("", "bf16", "f32")
 ]  # fmt: skip
 
+_sentence_transformers = [
+    _python(f"sentence-transformers, {backend}", f"sentence-transformers-{backend}", "sentence_transformers", "optimum")
+    for backend in ("onnx", "openvino")
+]
+
 # name -> (role, our quantisations) -> its rows
 PEERS: dict[str, Callable[[str, list[str]], list[Engine]]] = {
     "llama-server": _llama_servers,
@@ -137,6 +142,8 @@ PEERS: dict[str, Callable[[str, list[str]], list[Engine]]] = {
         [_python("ONNX Runtime int8", "onnxruntime", "onnxruntime", "transformers")] if role == "m3" else []
     ),
     "openvino": lambda role, ours: _openvinos if role == "m3" else [],
+    "sentence-transformers": lambda role, ours: _sentence_transformers if role == "m3" else [],
+    "fastembed": lambda role, ours: [_python("fastembed int8", "fastembed", "fastembed")] if role == "m3" else [],
     "text-embeddings-inference": lambda role, ours: [Engine("text-embeddings-inference", _not_on_pypi)],
     "infinity": lambda role, ours: [_python("infinity (torch)", "infinity", "infinity_emb")] if role == "m3" else [],
 }

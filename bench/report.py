@@ -54,6 +54,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['load_at_start']}",
         f"- flags: {' '.join(machine['flags'])}",
         f"- Python {machine['python']}; {packages}",
+        f"- threads: one for each core in every engine, {machine['cpus']} here",
         f"- files: {files}",
         f"- texts: {result['texts']}, {result['mean_tokens_per_pair']:.0f} tokens in a pair on average; "
         f"{result['runs']} rounds, every engine asked in turn with the same lists", "",

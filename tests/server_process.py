@@ -58,6 +58,9 @@ class ServerProcess:
         self._process.send_signal(number)
         return self.wait()
 
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def wait(self) -> int:
         """Until it has stopped: its exit status."""
         _, self.log = self._process.communicate(timeout=STOP_TIMEOUT_S)

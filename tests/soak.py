@@ -305,10 +305,10 @@ def contracts(soak: Soak, q: int, ps: list[int], use_llm: bool) -> Iterator[tupl
         (r["index"], r["score"]) for r in body["data"])  # fmt: skip
 
 
-def scored(soak: Soak, draw: random.Random, most: int, use_llm: bool = False, *headers: str) -> int | None:
+def scored(soak: Soak, draw: random.Random, most: int, use_llm: bool = False, **fields: Any) -> int | None:
     q, ps = drawn(soak, draw, most)
     route, body, read = draw.choice(list(contracts(soak, q, ps, use_llm)))
-    status, found = exchange(soak, message(route, body, *headers))
+    status, found = exchange(soak, message(route, {**body, **fields}))
     if status == 200:
         results = dict(read(found))
         assert sorted(results) == list(range(len(ps))), "not one score for each passage"
@@ -332,7 +332,7 @@ def in_two_stages(soak: Soak, draw: random.Random) -> int | None:
 
 
 def late(soak: Soak, draw: random.Random) -> int | None:
-    return scored(soak, draw, 60, False, f"X-Request-Timeout-Ms: {draw.choice([1, 50, 500, 2000, 8000])}")
+    return scored(soak, draw, 60, timeout=draw.choice([0.001, 0.05, 0.5, 2, 8]))
 
 
 def hangs_up(soak: Soak, draw: random.Random) -> int | None:

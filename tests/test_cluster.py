@@ -428,7 +428,6 @@ def contract_requests() -> Iterator[Any]:
     pytest.param("/rerank", {**NATIVE, "on_overflow": "chunk", "use_llm": True}, "POST", {}, id="windows"),
     pytest.param("/rerank", {**NATIVE, "raw_scores": True, "model": "gemma"}, "POST", {}, id="by name"),
     pytest.param("/rerank", {**NATIVE, "timeout": 1e-9}, "POST", {}, id="too late"),
-    pytest.param("/rerank", NATIVE, "POST", {"X-Request-Timeout-Ms": "soon"}, id="bad header"),
     pytest.param("/rerank", NATIVE, "POST", {"Authorization": "Bearer another"}, id="wrong key"),
     pytest.param("/rerank", b'{"query": "\xff"}', "POST", {}, id="not UTF-8"),
     pytest.param("/rerank", b'{"texts": ["a"], "query": 1}', "POST", {}, id="TEI's error"),

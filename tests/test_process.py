@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,25 +184,25 @@ def test_a_stop_is_heard_whichever_thread_the_kernel_gives_the_signal_to(models:
     assert server.wait() == 0
 
 
-FLOOD = """
-import os, rerank_server, signal, sys, time
-stop = rerank_server.StopSignals()
-end = time.monotonic() + 0.5
-if (child := os.fork()) == 0:
-    while time.monotonic() < end + 30:
-        os.kill(os.getppid(), signal.SIGTERM)
-        os.kill(os.getppid(), signal.SIGINT)
-while time.monotonic() < end:
-    stop.wait()
-os.kill(child, signal.SIGKILL)
-"""
+@pytest.mark.parametrize("delay_s", [0.4, 0.6])
+def test_a_stop_while_the_model_is_loaded_ends_the_process(models: Path, delay_s: float) -> None:
+    """Would break: a container that is stopped while a large model is read hangs until it is killed."""
+    command = [sys.executable, str(ROOT / "rerank_server.py"), "--port", "0", "--models", str(models)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(delay_s)
+    process.terminate()
+    assert process.wait(10) in (0, -signal.SIGTERM)  # before it listens to signals, they end it
 
 
-def test_signals_may_interrupt_each_other() -> None:
+def test_signals_may_interrupt_each_other(models: Path) -> None:
     """Under `make run` the terminal and make both send Ctrl-C: a server whose handler took a lock hung now and then,
     and could only be killed."""
-    done = subprocess.run([sys.executable, "-c", FLOOD], cwd=ROOT, capture_output=True, text=True, timeout=25)
-    assert done.returncode == 0, done.stderr[-1000:]
+    server = ServerProcess("--models", models, "--threads", "1")
+    end = time.monotonic() + 20
+    while time.monotonic() < end and server.is_running():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(server.pid, number)
+    assert server.wait() in (0, -signal.SIGTERM, -signal.SIGINT)  # Python's own handlers end before the process does
 
 
 def test_no_model_at_all_ends_with_one_line_that_says_what_to_run(tmp_path: Path) -> None:
