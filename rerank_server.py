@@ -58,7 +58,6 @@ import socketserver
 import ssl
 import string
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -125,9 +124,6 @@ class Settings:
     ubatch: int = _setting(
         0, "tokens packed into one decode (a longer pair gets its own); 0: what suits the machine",
         0, 8192)
-    flash_attention: str = _setting(AUTO, "attention without its matrix in memory", AUTO, ON, OFF)
-    repack: str = _setting(
-        AUTO, "copy the weights into the layout of ggml's own kernels", AUTO, ON, OFF)
     accel: str = _setting(
         AUTO, "the engine that `make accel` builds. int8: fastest, a little less exact than the "
         "file; bf16: as exact as the file, half as fast; off: llama.cpp's own kernels; auto: int8 "
@@ -263,42 +259,29 @@ class Tuning:
 
     threads: int
     ubatch: int  # tokens
-    flash_attention: bool
-    repack: bool
-    accel: bool
-    accel_reason: str  # why not
+    repack: bool  # on x86 the tiled kernels beat the repacked ones, which also copy the weights
+    accel_reason: str  # why the engine of accel/ is not used; empty: it is
 
     @staticmethod
     def of(settings: Settings) -> Tuning:
-        """Loads llama.cpp. Raises SettingsError where --accel on cannot be had."""
+        """Loads llama.cpp. Raises SettingsError where --accel cannot be had as it is asked for."""
         on_gpu = settings.gpu_layers != 0 and llama().llama_supports_gpu_offload()
         is_arm = platform.machine().lower() in ("arm64", "aarch64")
-        reason = _why_no_accel(settings, on_gpu)
         return Tuning(
-            threads=settings.threads or usable_cores(),
-            ubatch=settings.ubatch or (GPU_UBATCH_TOKENS if on_gpu else CPU_UBATCH_TOKENS),
-            # Faster at every size, and no matrix of scores in memory.
-            flash_attention=settings.flash_attention != OFF,
-            # On x86 the tiled kernels beat the repacked ones, which also copy the weights.
-            repack=settings.repack == ON or (settings.repack == AUTO and is_arm and not on_gpu),
-            accel=not reason,
-            accel_reason=reason)
+            settings.threads or usable_cores(),
+            settings.ubatch or (GPU_UBATCH_TOKENS if on_gpu else CPU_UBATCH_TOKENS),
+            is_arm and not on_gpu, _why_no_accel(settings, on_gpu))
 
     def __str__(self) -> str:
-        reason = f" ({self.accel_reason})" if self.accel_reason else ""
-        return (
-            f"{self.threads} threads, decodes of up to {self.ubatch} tokens, "
-            f"flash attention {ON if self.flash_attention else OFF}, "
-            f"weights {'' if self.repack else 'not '}repacked, "
-            f"accel engine {ON if self.accel else OFF}{reason}")
+        accel = f"off ({self.accel_reason})" if self.accel_reason else ON
+        return f"{self.threads} threads, decodes of up to {self.ubatch} tokens, accel engine {accel}"
 
 
 def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
-    """Empty: accel/ is to be used. Raises SettingsError when it is asked for in vain."""
     if settings.accel == OFF:
         return "as --accel says"
-    library, reason = (None, "the GPU computes") if on_gpu else load_accel(ACCEL_LIBRARY)
-    if library and settings.accel == BF16 and not library.rerank_accel_has_bf16():
+    reason = "the GPU computes" if on_gpu else load_accel(ACCEL_LIBRARY)[1]
+    if not reason and settings.accel == BF16 and not accel_has_bf16():
         reason = "this CPU does not multiply bfloat16"
     if reason and settings.accel != AUTO:
         raise SettingsError(f"--accel {settings.accel}: {reason}")
@@ -1418,36 +1401,18 @@ class Queue:
 
 # --------------------------------------------------------------------------------------------------
 # Model file: its header is read here, with bounds, before llama.cpp loads it, so that a wrong one is
-# refused in one line (ggml/docs/gguf.md)
+# refused in one line (ggml/docs/gguf.md). Only files that `python -m convert` verified are served.
 # --------------------------------------------------------------------------------------------------
 
 CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
-CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
-_MAKE = "make a right one with: python -m convert"
-
+_ARCHITECTURES = {CROSS_ENCODER: ("bert", "modern-bert"), BI_ENCODER: ("bert",),
+                  YES_LOGIT: ("gemma", "qwen2", "qwen3")}
 _GGUF_SCALARS = {  # enum gguf_type -> the struct code of a value
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _LONG_ARRAY = 4096  # longer ones (vocabularies) are left to llama.cpp
 MAX_DIMENSIONS = 4
-# enum ggml_type -> values in a block, bytes of a block
-_BLOCKS = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-    9: (32, 40), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
-    15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
-    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8),
-    28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
-    40: (64, 36), 41: (128, 18),
-}
-_FLOAT_TYPES, _Q8_0 = {0, 1, 30}, 8  # F32, F16, BF16
-
-
-@dataclass(frozen=True)
-class LongArray:
-    """Stands for a metadata array that is not read here: a vocabulary, a normalisation table."""
-
-    length: int
 
 
 @dataclass(frozen=True)
@@ -1455,7 +1420,6 @@ class TensorInfo:
     shape: tuple[int, ...]  # rows first, as numpy has it
     type_id: int  # enum ggml_type
     offset: int  # bytes from the start of the file
-    n_bytes: int
 
 
 class GgufReader:
@@ -1488,27 +1452,26 @@ class GgufReader:
         return self.scalar(_GGUF_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> Any:
-        if kind == _GGUF_STRING and count == 2:  # the labels of a Qwen3-Reranker
-            return [self.string(), self.string()]
+        """None: texts, or too long."""
         if kind == _GGUF_STRING:
             for _ in range(count):
                 self.at += 8 + struct.unpack_from("<Q", self._data, self.at)[0]
-            return LongArray(count)
+            return None
         code = _GGUF_SCALARS.get(kind)
         if code is None:
             raise ValueError(f"an array of type {kind}")
         raw = self.bytes(count * struct.calcsize("<" + code))
-        return list(struct.unpack(f"<{count}{code}", raw)) if count <= _LONG_ARRAY else LongArray(count)
+        return list(struct.unpack(f"<{count}{code}", raw)) if count <= _LONG_ARRAY else None
 
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """name, shape, type, and offset from the start of the tensors' data."""
+    def tensor(self) -> tuple[str, TensorInfo]:
+        """Its offset: from the start of the tensors' data."""
         name, n_dimensions = self.string(), self.scalar("I")
         if not 1 <= n_dimensions <= MAX_DIMENSIONS:
             raise ValueError(f"a tensor of {n_dimensions} dimensions")
         shape = [self.scalar("Q") for _ in range(n_dimensions)]
         while len(shape) > 1 and shape[-1] == 1:
             shape.pop()
-        return name, tuple(reversed(shape)), self.scalar("I"), self.scalar("Q")
+        return name, TensorInfo(tuple(reversed(shape)), self.scalar("I"), self.scalar("Q"))
 
 
 @dataclass(frozen=True)
@@ -1521,24 +1484,20 @@ class GgufFile:
 
     @staticmethod
     def open(path: Path) -> GgufFile:
-        """Raises ModelError for what is no GGUF file, or a truncated one."""
-        if not path.is_file():
-            raise ModelError(f"{path}: there is no such file")
+        hint = ""
         try:
             with path.open("rb") as file:
-                start = file.read(200)
-                hint = _what_it_is_instead(start)
+                start = file.read(200).lstrip()
+                if start.startswith(b"version https://git-lfs"):
+                    hint = ": only git-lfs's pointer to one (git lfs pull)"
+                elif start.startswith(b"<"):
+                    hint = ": a web page in place of one (download it again)"
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    metadata, tensors = _read_header(GgufReader(data))
-                    size = len(data)
+                    return GgufFile(path, *_read_header(GgufReader(data)))
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
         except (struct.error, ValueError, OverflowError, MemoryError):
-            raise ModelError(f"{path}: not a readable GGUF file{hint}; {_MAKE}") from None
-        end = max((tensor.offset + tensor.n_bytes for tensor in tensors.values()), default=0)
-        if size < end:
-            raise ModelError(f"{path}: truncated, {size:,} of {end:,} bytes are there; {_MAKE}")
-        return GgufFile(path, metadata, tensors)
+            raise ModelError(f"{path}: not a readable GGUF file{hint}") from None
 
     def header_is_intact(self) -> bool:
         """Whether everything before the tensor data is what the converter wrote and verified
@@ -1551,31 +1510,16 @@ class GgufFile:
         zeroed = header.replace(digest.encode(), b"0" * 64)
         return hashlib.sha256(zeroed).hexdigest() == digest
 
-    def get(self, key: str, default: T) -> T:
-        """A value of the default's own type, or the default. Raises ModelError."""
-        value = self.metadata.get(key, default)
-        if type(value) is not type(default):
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """Raises ModelError for a value of another type, or where there is no default, for none."""
+        value: Any = self.metadata.get(key, default)
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise self.refusal(f"its metadata has no usable {key} ({str(value)[:40]})")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise self.refusal(f"its {key} is {value}")
         return value
 
-    def refusal(self, what: str, model: str = "") -> ModelError:
+    def refusal(self, what: str) -> ModelError:
         """One line: what is wrong, and how to get a right one."""
-        return ModelError(f"{self.path}: {what}; {_MAKE} {model}".rstrip())
-
-    def require(self, key: str, kind: type[T]) -> T:
-        """Raises ModelError."""
-        if not isinstance(self.metadata.get(key), kind):
-            raise self.refusal(f"its metadata has no usable {key}")
-        return self.get(key, kind())
-
-
-def _what_it_is_instead(start: bytes) -> str:
-    if start.startswith(b"version https://git-lfs"):
-        return ": only git-lfs's pointer to one (git lfs pull)"
-    is_page = start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html"))
-    return ": a web page in place of one (download it again)" if is_page else ""
+        return ModelError(f"{self.path}: {what}; make a right one with: python -m convert SOURCE")
 
 
 def _read_header(reader: GgufReader) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -1591,17 +1535,14 @@ def _read_header(reader: GgufReader) -> tuple[dict[str, Any], dict[str, TensorIn
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
         raise ValueError(f"an alignment of {alignment}")
     start = -(-reader.at // alignment) * alignment
-    tensors = {}
-    for name, shape, type_id, offset in found:
-        per_block, block_bytes = _BLOCKS.get(type_id, (1, 0))
-        n_bytes = math.prod(shape) // per_block * block_bytes
-        tensors[name] = TensorInfo(shape, type_id, start + offset, n_bytes)
-    return metadata, tensors
+    return metadata, {
+        name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in found
+    }
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What the server must know of a file; every field was checked against the file."""
+    """What a role must know of a file. The engine reads what scoring needs."""
 
     path: Path
     kind: str
@@ -1610,21 +1551,7 @@ class ModelDescription:
     file_bytes: int
     max_tokens: int
     source: str = ""
-    token_types: int = 1
     prompt: PromptParts = NO_PARTS
-    words: tuple[int, ...] = ()  # whose logits count: of "yes" and, less that, of "no"
-    logit_scale: float = 1.0
-    is_nfc: bool = False  # its tokenizer reads text in this normal form
-    cosine_scale: float = 1.0
-    cosine_bias: float = 0.0
-    overlap_scale: float = 0.0
-    first_piece_id: int = 0  # of the vocabulary's most frequent piece
-    lowercase: bool = True
-    strip_accents: bool = True
-    fixes: tuple[str, ...] = ()  # what was wrong in the file and is set right while loading
-    is_quantized: bool = True  # the layers' matrices have 8 bits or fewer for each weight
-    is_exact: bool = False  # they have 8 bits or more
-    doubt: str = ""  # why it does not take a role by itself
     calibration_scale: float = 1.0  # of bench.calibrate: score = sigmoid(scale * logit + bias)
     calibration_bias: float = 0.0
 
@@ -1638,159 +1565,37 @@ class ModelDescription:
 
 
 def describe(gguf: GgufFile) -> ModelDescription:
-    """Checks what scoring depends on. Raises ModelError with one line that says what is wrong."""
-    architecture = gguf.require("general.architecture", str)
-    kind = gguf.get("rerank.kind", "") or _infer_kind(gguf, architecture)
-    if kind not in _DESCRIBE:
-        raise gguf.refusal(f"rerank.kind is {kind!r}, which this version does not know")
-    if architecture not in _ARCHITECTURES[kind]:
-        raise gguf.refusal(f"architecture {architecture!r} does not fit {kind}")
-    context = gguf.require(f"{architecture}.context_length", int)
-    max_tokens = gguf.get("rerank.max_tokens", context)
+    if "rerank.kind" not in gguf.metadata:
+        raise gguf.refusal("not made by this project's converter, so nothing proves its scores")
+    if not gguf.header_is_intact():
+        raise gguf.refusal("its header is not the one that the converter verified")
+    kind, architecture = (gguf.get(key, str) for key in ("rerank.kind", "general.architecture"))
+    if architecture not in _ARCHITECTURES.get(kind, ()):
+        what = f"{kind!r} with architecture {architecture!r}"
+        raise gguf.refusal(f"rerank.kind is {what}, which this version does not know")
+    context = gguf.get(f"{architecture}.context_length", int)
+    max_tokens = gguf.get("rerank.max_tokens", int, context)
     if not MIN_MAX_LENGTH_TOKENS <= max_tokens <= max(context, MIN_MAX_LENGTH_TOKENS):
         raise gguf.refusal(f"its rerank.max_tokens is {max_tokens}")
-    common: dict[str, Any] = {
-        "path": gguf.path, "kind": kind, "architecture": architecture,
-        "quantization": gguf.get("rerank.quantization", "unknown type"),
-        "file_bytes": gguf.path.stat().st_size, "max_tokens": max_tokens,
-        "source": gguf.get("rerank.source", gguf.get("general.name", "")),
-        "is_quantized": not _layer_types(gguf) & _FLOAT_TYPES,
-        "is_exact": _layer_types(gguf) <= _FLOAT_TYPES | {_Q8_0}, "doubt": _doubt_of(gguf, kind),
-        "is_nfc": gguf.metadata.get("tokenizer.ggml.model") == "gpt2",
-        "calibration_scale": gguf.get("rerank.calibration_scale", 1.0),
-        "calibration_bias": gguf.get("rerank.calibration_bias", 0.0),
-    }
-    if common["calibration_scale"] <= 0:
+    scale = gguf.get("rerank.calibration_scale", float, 1.0)
+    if scale <= 0:
         raise gguf.refusal("its rerank.calibration_scale is not above 0")
-    return ModelDescription(**common, **_DESCRIBE[kind](gguf))
-
-
-_ARCHITECTURES = {CROSS_ENCODER: ("bert", "modern-bert"), BI_ENCODER: ("bert",),
-                  YES_LOGIT: ("gemma", "qwen2", "qwen3")}
-_TEMPLATE = "tokenizer.chat_template.rerank"  # of Qwen3-Reranker, by llama.cpp's own converter
-
-
-def _infer_kind(gguf: GgufFile, architecture: str) -> str:
-    """A file that this project did not convert: what can it be used for?"""
-    if architecture == "qwen3" and _TEMPLATE in gguf.metadata:
-        return YES_LOGIT
-    if architecture == "gemma":
-        if "tokenizer.chat_template" in gguf.metadata:
-            raise gguf.refusal("a chat model, not a reranker", "gemma")
-        return YES_LOGIT
-    if architecture == "bert" and "cls.output.weight" in gguf.tensors:
-        return CROSS_ENCODER
-    what = f"architecture {architecture!r} is not a reranker that is served here"
-    if architecture == "bert":
-        what = "an embedding model, not a reranker: it has no classification head"
-    raise gguf.refusal(what, "m3")
-
-
-def _doubt_of(gguf: GgufFile, kind: str) -> str:
-    """A file takes a role by itself only when something in it says that it is a reranker."""
-    named = [str(gguf.metadata.get(f"general.{key}", "")) for key in ("name", "basename")]
-    is_named = kind == CROSS_ENCODER and "rerank" in " ".join(named).lower()
-    if is_named or {"rerank.kind", _TEMPLATE} & gguf.metadata.keys():
-        return ""
-    return "nothing in it says that it is a reranker"
-
-
-def _layer_types(gguf: GgufFile) -> set[int]:
-    """Of the layers' matrices."""
-    layers = (tensor for name, tensor in gguf.tensors.items() if name.startswith("blk."))
-    return {layer.type_id for layer in layers if len(layer.shape) > 1}
-
-
-def _describe_cross_encoder(gguf: GgufFile) -> dict[str, Any]:
-    tokenizer = gguf.require("tokenizer.ggml.model", str)
-    head = gguf.tensors.get("cls.output.weight")
-    if head is None or head.shape not in ((1, head.shape[-1]), head.shape[-1:]):
-        what = "no classification head with one output (cls.output.weight)"
-        raise gguf.refusal(what, "m3")
-    if "cls.weight" not in gguf.tensors:  # the vendored converter drops BERT's pooler.dense
-        raise gguf.refusal("the head's first layer (cls.weight) is missing: scores would be wrong")
-    if tokenizer == "t5":
-        return _describe_xlm_roberta(gguf)
-    if "modern-bert.classifier.pooling_type" in gguf.metadata:
-        return {}
-    if tokenizer != "bert":
-        raise gguf.refusal(f"tokenizer {tokenizer!r} is not known for a cross-encoder")
-    types = gguf.tensors.get("token_types.weight")
-    n_types = 1 if types is None or len(types.shape) == 1 else types.shape[0]
-    return {"token_types": n_types, **_describe_word_piece(gguf)}
-
-
-def _describe_xlm_roberta(gguf: GgufFile) -> dict[str, Any]:
-    positions = gguf.tensors.get("position_embd.weight")
-    # A table of 8,194 or 514 rows was not cut: a power of two, and XLM-R's two unused rows.
-    if positions is None or (positions.shape[0] - 2).bit_count() == 1:
-        what = "its position table still holds XLM-R's two unused rows"
-        raise gguf.refusal(what, "m3")
-    if "tokenizer.ggml.precompiled_charsmap" not in gguf.metadata:
-        what = "no normalisation table (precompiled_charsmap) in it"
-        raise gguf.refusal(what, "m3")
-    key = "tokenizer.ggml.remove_extra_whitespaces"
-    return {} if gguf.metadata.get(key) is True else {"fixes": (key,)}
-
-
-def _describe_word_piece(gguf: GgufFile) -> dict[str, Any]:
-    lowercase = gguf.get("tokenizer.ggml.normalizer.lowercase", True)
-    # BERT strips accents where it lowercases.
-    strip = gguf.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
-    return {"lowercase": lowercase, "strip_accents": strip}
-
-
-def _describe_yes_logit(gguf: GgufFile) -> dict[str, Any]:
-    if "rerank.kind" not in gguf.metadata and _TEMPLATE in gguf.metadata:
-        return {"prompt": _foreign_prompt(gguf)}
-    is_gemma = gguf.metadata["general.architecture"] == "gemma"
-    default = PromptParts() if is_gemma else NO_PARTS
-    names = [field.name for field in dataclasses.fields(PromptParts)]
-    parts = {name: gguf.get(f"rerank.{name}", getattr(default, name)) for name in names}
-    prompt = PromptParts(**parts)
-    if is_gemma:
-        key = "tokenizer.ggml.add_space_prefix"  # llama.cpp's default is true, Gemma has none
-        return {"prompt": prompt, "fixes": () if gguf.metadata.get(key) is False else (key,)}
-    if not prompt.tail or prompt.truncation not in (MXBAI, WHOLE):
-        raise gguf.refusal("it does not say what the model is asked")
-    keys = ["rerank.yes_token_id", *({"rerank.no_token_id"} & gguf.metadata.keys())]
-    words = tuple(gguf.require(key, int) for key in keys)
-    return {"prompt": prompt, "words": words, "logit_scale": gguf.get("rerank.logit_scale", 1.0)}
-
-
-def _foreign_prompt(gguf: GgufFile) -> PromptParts:
-    """One text with {query} and {document}, cut up as split_template of convert/recipe.py does."""
-    found = re.fullmatch(
-        r"(.*<\|\w+\|>)([^{}]*)\{query\}([^{}|]*\S)(\s*)\{document\}(<\|.*)",
-        gguf.require(_TEMPLATE, str), re.DOTALL,
-    )
-    answers = gguf.metadata.get("qwen3.classifier.output_labels")
-    if not found or answers != ["yes", "no"] or "cls.output.weight" not in gguf.tensors:
-        raise gguf.refusal("not a Qwen3-Reranker as llama.cpp's converter makes it")
-    head, prefix, suffix, passage_prefix, tail = found.groups()
-    return PromptParts(prefix, passage_prefix, "", "", head, "", suffix, tail, WHOLE)
-
-
-def _describe_bi_encoder(gguf: GgufFile) -> dict[str, Any]:
-    keys: dict[str, type] = {"cosine_scale": float, "cosine_bias": float}
-    if "rerank.overlap_scale" in gguf.metadata:  # not for vocabularies that are in no order
-        keys |= {"overlap_scale": float, "first_piece_id": int}
-    found: dict[str, Any] = {key: gguf.require(f"rerank.{key}", keys[key]) for key in keys}
-    return {**found, **_describe_word_piece(gguf)}
-
-
-_DESCRIBE: dict[str, Callable[[GgufFile], dict[str, Any]]] = {
-    CROSS_ENCODER: _describe_cross_encoder, YES_LOGIT: _describe_yes_logit,
-    BI_ENCODER: _describe_bi_encoder,
-}
+    parts = dataclasses.asdict(PromptParts() if architecture == "gemma" else NO_PARTS)
+    for name, default in parts.items():
+        parts[name] = gguf.get(f"rerank.{name}", type(default), default)
+    return ModelDescription(
+        gguf.path, kind, architecture, gguf.get("rerank.quantization", str),
+        gguf.path.stat().st_size, max_tokens, gguf.get("rerank.source", str, ""),
+        PromptParts(**parts), scale, gguf.get("rerank.calibration_bias", float, 0.0))
 
 
 # --------------------------------------------------------------------------------------------------
 # llama.cpp, through llama-cpp-python's low-level API, loaded with the first engine
 # --------------------------------------------------------------------------------------------------
 
-CHILD_TIMEOUT_S = 600
 ACCEL_LIBRARY = HERE / "accel" / "lib" / "librerank_accel.so"
+_Q8_0 = 8  # enum ggml_type
+_EXACT_TYPES = {0, 1, 30, _Q8_0}  # with F32, F16, BF16
 ACCEL_SPARE_BYTES = 200_000_000  # that must stay free beside its copy of the weights
 
 
@@ -1846,14 +1651,12 @@ def _load_backends(library: Any) -> None:
 
 
 class NativeLog:
-    """What llama.cpp said, at warning level and above; its first error is the reason of a failed
-    load. Any thread."""
-
-    MAX_LINES = 100
+    """What llama.cpp said last, at warning level and above; its first error is the reason of a
+    failed load."""
 
     def __init__(self) -> None:
         self.callback: Any = None
-        self._lines: deque[str] = deque(maxlen=self.MAX_LINES)
+        self._lines: deque[str] = deque(maxlen=100)
 
     def add(self, level: int, text: bytes, user_data: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
@@ -1876,7 +1679,7 @@ _native_log = NativeLog()
 
 
 @functools.cache
-def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
+def load_accel(path: Path) -> tuple[Any, str]:
     """The library, once per process, or why it cannot be used. ggml offers operations to it from
     then on."""
     if not path.is_file():
@@ -1885,9 +1688,9 @@ def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(path))
         library.rerank_accel_built_for.restype = ctypes.c_char_p
-        library.rerank_accel_is_fast_here.restype = ctypes.c_bool
-        library.rerank_accel_has_bf16.restype = ctypes.c_bool
         library.rerank_accel_copied_bytes.restype = ctypes.c_size_t
+        for name in ("is_fast_here", "has_bf16"):
+            getattr(library, f"rerank_accel_{name}").restype = ctypes.c_bool
         library.rerank_accel_configure.argtypes = [ctypes.c_bool] * 3
         built_for = library.rerank_accel_built_for().decode()
     except (OSError, AttributeError) as error:
@@ -1902,23 +1705,20 @@ def load_accel(path: Path) -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def _loaded_accel() -> ctypes.CDLL | None:
+def _loaded_accel() -> Any:
     """None as long as nobody asked for it."""
     return load_accel(ACCEL_LIBRARY)[0] if load_accel.cache_info().currsize else None
 
 
-def configure_accel(mode: str) -> None:
-    """For the contexts that this thread opens next: INT8, BF16 or OFF. Pages of the mapped file go
-    once their weights are copied."""
+def accel_has_bf16() -> bool:
     library = _loaded_accel()
-    if library:
-        library.rerank_accel_configure(mode != OFF, mode == BF16, True)
+    return bool(library and library.rerank_accel_has_bf16())
 
 
 def accel_bytes() -> int:
     """What the engine of accel/ holds of weights now."""
     library = _loaded_accel()
-    return int(library.rerank_accel_copied_bytes()) if library else 0
+    return library.rerank_accel_copied_bytes() if library else 0
 
 
 # -- One model and one context -------------------------------------------------------------------
@@ -1926,23 +1726,21 @@ def accel_bytes() -> int:
 
 class LlamaModel:
     """Owns one llama_model and one llama_context, and frees each once. One thread's, but for vocab
-    and piece."""
+    and piece. accel: INT8, BF16 or OFF."""
 
     def __init__(
         self, gguf: GgufFile, description: ModelDescription, settings: Settings, is_alone: bool
     ) -> None:
-        """Loads the weights, memory-mapped. Raises ModelError."""
+        """Loads the weights, memory-mapped."""
         self._natives, self._api = contextlib.ExitStack(), llama()
         self.gguf, self.description, self.is_alone = gguf, description, is_alone
-        self.tuning, self._settings = settings.tuning, settings
-        self.limit = self.description.max_length(settings)  # tokens of the longest pair
+        self.tuning = settings.tuning
+        self.limit = description.max_length(settings)  # tokens of the longest pair
         self.context: Any = None
         api, parameters = self._api, self._api.llama_model_default_params()
         parameters.n_gpu_layers = settings.gpu_layers if settings.gpu_layers >= 0 else 1000
         parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP
         parameters.use_extra_bufts = self.tuning.repack
-        overrides = _overrides(self.description.fixes)
-        parameters.kv_overrides = overrides
         _native_log.clear()
         self.model = api.llama_model_load_from_file(os.fsencode(gguf.path), parameters)
         if not self.model:
@@ -1952,19 +1750,20 @@ class LlamaModel:
         self.vocab = api.llama_model_get_vocab(self.model)
         self.n_vocab = api.llama_vocab_n_tokens(self.vocab)
         self.n_embd = api.llama_model_n_embd(self.model)
-        self.accel = self._accel_for(settings.accel) if self.tuning.accel else OFF
+        self.accel = OFF if self.tuning.accel_reason else self._accel_for(settings.accel)
 
     def _accel_for(self, wanted: str) -> str:
-        """INT8, BF16 or OFF. Left to itself: whoever chose weights of 8 bits or more chose their
-        exactness, which bfloat16 keeps and int8 halves (bench/results/drift-*.md); weights of
-        fewer bits drift further than int8 does, which is twice as fast. And the copy of the layers
-        must fit the memory."""
+        """Left to itself: whoever chose weights of 8 bits or more chose their exactness, which
+        bfloat16 keeps and int8 halves (bench/results/drift-*.md); weights of fewer bits drift
+        further than int8 does, which is twice as fast. And the copy of the layers must fit the
+        memory."""
         if wanted != AUTO:
             return BF16 if wanted == BF16 else INT8
-        library, mode = _loaded_accel(), INT8
-        if self.description.is_exact and library and library.rerank_accel_has_bf16():
+        layers = [one for name, one in self.gguf.tensors.items() if name.startswith("blk.")]
+        types, mode = {layer.type_id for layer in layers if len(layer.shape) > 1}, INT8
+        if types <= _EXACT_TYPES and accel_has_bf16():
             mode = BF16
-        elif not self.description.is_quantized:
+        elif types & (_EXACT_TYPES - {_Q8_0}):
             return OFF
         n_weights = self._api.llama_model_n_params(self.model) - self.n_vocab * self.n_embd
         needed, free = n_weights * (2 if mode == BF16 else 1), available_bytes()
@@ -1977,13 +1776,11 @@ class LlamaModel:
     @property
     def arithmetic(self) -> str:
         """What multiplies: the engine of accel/, or llama.cpp's kernels for the file's types."""
-        if self.accel == OFF:
-            return f"llama.cpp, {self.description.quantization}"
-        return f"{self.accel} engine"
+        own = f"llama.cpp, {self.description.quantization}"
+        return own if self.accel == OFF else f"{self.accel} engine"
 
     def open_context(self, n_ubatch: int, n_ctx: int, n_sequences: int, pooling: int) -> None:
-        """n_ubatch, n_ctx: tokens; n_sequences: in one decode, each with one result. Raises
-        ModelError."""
+        """n_sequences: in one decode, each with one result."""
         api, parameters = self._api, self._api.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = n_ctx, n_ctx, n_ubatch
         is_encoder = pooling != api.LLAMA_POOLING_TYPE_UNSPECIFIED
@@ -1991,10 +1788,11 @@ class LlamaModel:
         parameters.n_outputs_max = 0 if is_encoder else n_sequences  # 0: every token, for pooling
         parameters.n_threads = parameters.n_threads_batch = self.tuning.threads
         parameters.embeddings, parameters.pooling_type = is_encoder, pooling
-        flash_attention = "ENABLED" if self.tuning.flash_attention else "DISABLED"
-        parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
+        # Faster at every size, and no matrix of scores in memory.
+        parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         parameters.kv_unified = True  # pairs of unequal length share a cache; streams are slower
-        configure_accel(self.accel)
+        if library := _loaded_accel():  # pages of the mapped file go once their weights are copied
+            library.rerank_accel_configure(self.accel != OFF, self.accel == BF16, True)
         _native_log.clear()
         self.context = api.llama_init_from_model(self.model, parameters)
         if not self.context:
@@ -2006,32 +1804,13 @@ class LlamaModel:
         text: bytes = self._api.llama_vocab_get_text(self.vocab, token_id)
         return text.decode("utf-8", "replace")
 
-    def special(self, name: str, text: str) -> int:
-        """The id of bos, eos or sep, if it is what frames a pair. (The converter may store a
-        control token under a longer spelling.) Raises ModelError."""
-        token_id = int(getattr(self._api, f"llama_vocab_{name}")(self.vocab))
-        piece = self.piece(token_id) if token_id >= 0 else "nothing"
-        if not piece.startswith(text):
-            raise self.gguf.refusal(f"its metadata names {piece!r} where {text!r} belongs")
-        return token_id
+    def special(self, name: str) -> int:
+        """The id of bos, eos or sep."""
+        return int(getattr(self._api, f"llama_vocab_{name}")(self.vocab))
 
     def close(self) -> None:
         """May be called twice."""
         self._natives.close()
-
-
-FIXED_VALUES = {"tokenizer.ggml.remove_extra_whitespaces": True,
-                "tokenizer.ggml.add_space_prefix": False}
-
-
-def _overrides(keys: Sequence[str]) -> Any:
-    """llama.cpp's list of overridden metadata, ended by an empty key."""
-    overrides = (llama().llama_model_kv_override * (len(keys) + 1))()
-    for index, key in enumerate(keys):
-        overrides[index].tag = llama().LLAMA_KV_OVERRIDE_TYPE_BOOL
-        overrides[index].key = key.encode()
-        overrides[index].value.val_bool = FIXED_VALUES[key]
-    return overrides
 
 
 class Batch:
@@ -2200,6 +1979,7 @@ def _anonymous_ranges() -> list[tuple[int, int]]:
 # --------------------------------------------------------------------------------------------------
 
 QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
+CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
 
 
 class Engine:
@@ -2228,7 +2008,7 @@ class Engine:
 
 def score_all(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
     """The raw logits of any number of pairs, in order, by as many decodes as they need. Only in the
-    thread that owns the engine. Raises EngineError."""
+    thread that owns the engine."""
     logits = [math.nan] * len(pairs)
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -2237,12 +2017,24 @@ def score_all(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
         while waiting:
             batch = take_batch(
                 waiting, lambda index: pairs[index].n_new, engine.max_batch_tokens,
-                engine.max_sequences,
-            )
+                engine.max_sequences)
             scored = engine.score([pairs[index] for index in batch])
             for index, logit in zip(batch, scored, strict=True):
                 logits[index] = logit
     return logits
+
+
+def tokenizer_of(model: LlamaModel) -> Tokenizer:
+    kind, gguf = model.gguf.get("tokenizer.ggml.model", str), model.gguf
+    if kind == "t5":
+        return XlmRobertaTokenizer(model.vocab)
+    if kind != "bert":
+        return VocabTokenizer(model.vocab, is_nfc=kind == "gpt2")
+    pieces = [model.piece(index) for index in range(model.n_vocab)]
+    lowercase = gguf.get("tokenizer.ggml.normalizer.lowercase", bool, True)
+    # BERT strips accents where it lowercases.
+    strip_accents = gguf.get("tokenizer.ggml.normalizer.strip_accents", bool, lowercase)
+    return WordPieceTokenizer(pieces, pieces.index("[UNK]"), lowercase, strip_accents)
 
 
 class RankPoolingEngine(Engine):
@@ -2251,36 +2043,21 @@ class RankPoolingEngine(Engine):
 
     def __init__(self, model: LlamaModel) -> None:
         super().__init__(model)
-        self.pairs = _cross_encoder_pairs(model)
-        has_types = self.description.token_types > 1
+        tokenize, first, last = tokenizer_of(model), model.special("bos"), model.special("sep")
+        separators = [last]
+        if isinstance(tokenize, XlmRobertaTokenizer):
+            last = model.special("eos")
+            separators = [last, last]
+        self.pairs = Pairs(tokenize, [first], [last], model.limit, separators)
+        types = model.gguf.tensors.get("token_types.weight")
+        has_types = types is not None and len(types.shape) > 1
         self._token_types = TokenTypeEmbeddings(model.gguf) if has_types else None
         self._encoder = EncoderContext(model, llama().LLAMA_POOLING_TYPE_RANK)
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score."""
         embeddings = self._token_types(pairs) if self._token_types else None
         rows = self._encoder.encode(Batch([pair.ids for pair in pairs]), 1, embeddings)
         return [float(row[0]) for row in rows]
-
-
-def _cross_encoder_pairs(model: LlamaModel) -> Pairs:
-    if llama().llama_vocab_type(model.vocab) == llama().LLAMA_VOCAB_TYPE_WPM:
-        first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
-        return Pairs(_word_piece(model), [first], [last], model.limit, [last])
-    if model.description.is_nfc:  # ModernBERT
-        first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
-        tokenizer = VocabTokenizer(model.vocab, is_nfc=True)
-        return Pairs(tokenizer, [first], [last], model.limit, [last])
-    first, last = model.special("bos", "<s>"), model.special("eos", "</s>")
-    tokenizer = XlmRobertaTokenizer(model.vocab)
-    return Pairs(tokenizer, [first], [last], model.limit, [last, last])
-
-
-def _word_piece(model: LlamaModel) -> Tokenizer:
-    pieces, about = [model.piece(index) for index in range(model.n_vocab)], model.description
-    if "[UNK]" not in pieces:
-        raise model.gguf.refusal("no [UNK] in its vocabulary")
-    return WordPieceTokenizer(pieces, pieces.index("[UNK]"), about.lowercase, about.strip_accents)
 
 
 class TokenTypeEmbeddings:
@@ -2289,11 +2066,8 @@ class TokenTypeEmbeddings:
     token_types[1] - token_types[0] from where the passage begins."""
 
     def __init__(self, gguf: GgufFile) -> None:
-        """Maps the file's embedding table; rows are dequantised as they are used. Raises
-        ModelError."""
-        types = self._table(gguf, "token_types.weight")
-        self._difference: FloatArray = types(np.array([1]))[0] - types(np.array([0]))[0]
-        self._rows = self._table(gguf, "token_embd.weight")
+        first, second = Rows(gguf, "token_types.weight")(np.array([0, 1]))
+        self._difference, self._rows = second - first, Rows(gguf, "token_embd.weight")
 
     def __call__(self, pairs: Sequence[Pair]) -> FloatArray:
         """[n_tokens, n_embd] float32 for the pairs, one after the other."""
@@ -2304,34 +2078,33 @@ class TokenTypeEmbeddings:
             start += len(pair.ids)
         return rows
 
-    @staticmethod
-    def _table(gguf: GgufFile, name: str) -> Callable[[npt.NDArray[Any]], FloatArray]:
-        info = gguf.tensors.get(name)
-        if info is None or len(info.shape) != 2:
-            raise gguf.refusal(f"tensor {name} is missing")
-        n_rows, n_columns = info.shape
-        shape = (n_rows, info.n_bytes // n_rows)
-        table = np.memmap(gguf.path, np.uint8, "r", info.offset, shape)
-        return lambda ids: dequantize(table[ids], info.type_id, n_columns)
-
 
 class _TypeTraits(ctypes.Structure):  # struct ggml_type_traits, ggml.h
-    _fields_ = (("type_name", ctypes.c_char_p), ("sizes", ctypes.c_int64 * 3),
+    _fields_ = (("type_name", ctypes.c_char_p), ("block", ctypes.c_int64),
+                ("block_interleave", ctypes.c_int64), ("block_bytes", ctypes.c_size_t),
                 ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p))
 
 
-def dequantize(rows: npt.NDArray[np.uint8], type_id: int, n_columns: int) -> FloatArray:
-    """[n, bytes of a row] raw ggml rows -> [n, n_columns] float32, by ggml's own to_float."""
-    rows = np.ascontiguousarray(rows)
-    traits = _native("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
-    to_float = traits(type_id).contents.to_float
-    if not to_float:  # GGML_TYPE_F32
-        exact: FloatArray = rows.view(np.float32).copy()
-        return exact
-    result: FloatArray = np.empty((len(rows), n_columns), dtype=np.float32)
-    kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-    ctypes.CFUNCTYPE(None, *kinds)(to_float)(rows.ctypes.data, result.ctypes.data, result.size)
-    return result
+class Rows:
+    """A tensor of the file, memory-mapped: the rows that are asked for, in float32."""
+
+    def __init__(self, gguf: GgufFile, name: str) -> None:
+        info = gguf.tensors[name]
+        n_rows, self._n_columns = info.shape
+        traits = _native("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), ctypes.c_int)
+        self._traits = traits(info.type_id).contents
+        shape = (n_rows, self._n_columns // self._traits.block * self._traits.block_bytes)
+        self._table = np.memmap(gguf.path, np.uint8, "r", info.offset, shape)
+
+    def __call__(self, indices: npt.NDArray[Any]) -> FloatArray:
+        raw = np.ascontiguousarray(self._table[indices])
+        if not self._traits.to_float:  # GGML_TYPE_F32
+            return raw.view(np.float32)
+        rows: FloatArray = np.empty((len(raw), self._n_columns), dtype=np.float32)
+        kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        dequantize = ctypes.CFUNCTYPE(None, *kinds)(self._traits.to_float)
+        dequantize(raw.ctypes.data, rows.ctypes.data, rows.size)
+        return rows
 
 
 class YesLogitEngine(Engine):
@@ -2340,28 +2113,26 @@ class YesLogitEngine(Engine):
 
     def __init__(self, model: LlamaModel) -> None:
         super().__init__(model)
-        about, ubatch = self.description, model.tuning.ubatch
-        is_gemma = about.architecture == "gemma"
-        tokenizer = VocabTokenizer(model.vocab, about.is_nfc)
+        gguf, ubatch = model.gguf, model.tuning.ubatch
         template = VocabTokenizer(model.vocab, reads_special=True)
-        bos = [model.special("bos", "<bos>")] if is_gemma else []
-        self.pairs = PromptPairs(tokenizer, template, bos, about.prompt, model.limit)
-        self._words = (_yes_token(model.gguf, tokenizer),) if is_gemma else about.words
-        if max(self._words, default=0) >= model.n_vocab:
-            raise model.gguf.refusal("its yes_token_id or no_token_id is no token")
+        bos = [model.special("bos")] if self.description.architecture == "gemma" else []
+        self.pairs = PromptPairs(
+            tokenizer_of(model), template, bos, self.description.prompt, model.limit)
+        keys = ["rerank.yes_token_id", *({"rerank.no_token_id"} & gguf.metadata.keys())]
+        self.words = [gguf.get(key, int) for key in keys]
+        self._scale = gguf.get("rerank.logit_scale", float, 1.0)
         # No pair is shorter than its prompt: fewer sequences, fewer logits kept.
         (shortest,) = self.pairs.make("", [""])
         self.max_sequences = min(MAX_SEQUENCES, max(1, ubatch // shortest.n_new))
         self._n_ctx = self.pairs.longest + ubatch  # the prefix, and a batch of what follows it
-        pooling = "UNSPECIFIED" if self._words else "RANK"  # llama.cpp's own head
-        pooling_type = getattr(llama(), f"LLAMA_POOLING_TYPE_{pooling}")
-        model.open_context(ubatch, self._n_ctx, self.max_sequences + 1, pooling_type)
+        unspecified = llama().LLAMA_POOLING_TYPE_UNSPECIFIED
+        model.open_context(ubatch, self._n_ctx, self.max_sequences + 1, unspecified)
         self._memory = llama().llama_get_memory(model.context)
         self._prefix: tuple[int, ...] = ()  # what sequence 0 of the KV cache holds
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score. What comes before the passage is computed once for all decodes in a row
-        that begin with it."""
+        """What comes before the passage is computed once for all decodes in a row that begin with
+        it."""
         if len(pairs) > self.max_sequences or len({pair.prefix for pair in pairs}) != 1:
             raise EngineError(f"{len(pairs)} pairs cannot be decoded together")
         self._hold(pairs[0].prefix)
@@ -2377,7 +2148,7 @@ class YesLogitEngine(Engine):
                 new_ids, start = [new_ids[0][early:]], start + early
             batch = Batch(new_ids, start, first_sequence=1)
             self._decode(batch, batch.ends)
-            return [self._logit(*row) for row in zip(sequences, batch.ends.tolist(), strict=True)]
+            return [self._logit(end) for end in batch.ends.tolist()]
         finally:
             for sequence in sequences:
                 api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
@@ -2392,38 +2163,20 @@ class YesLogitEngine(Engine):
         self._prefix = prefix
 
     def _decode(self, batch: Batch, output: slice | npt.NDArray[np.int64]) -> None:
+        what = f"a batch of {batch.n_tokens} tokens cannot be decoded"
         if not 0 < batch.n_tokens <= self._n_ctx - len(self._prefix):
-            raise EngineError(f"a batch of {batch.n_tokens} tokens cannot be decoded")
-        output = output if self._words else slice(None)  # pooling reads every token's
+            raise EngineError(what)
         status = llama().llama_decode(self._model.context, batch.native(output))
         if status != 0:
-            what = f"{batch.n_tokens} tokens (status {status})"
-            raise EngineError(f"llama.cpp failed to decode {what}")
+            raise EngineError(f"{what} (status {status} of llama.cpp)")
 
-    def _logit(self, sequence: int, end: int) -> float:
-        """end: the sequence's last token in its batch. llama.cpp's head for Qwen3-Reranker gives
-        softmax of both words' logits, and the logarithm of their ratio is the difference."""
-        api, context = llama(), self._model.context
-        if self._words:
-            values, words = api.llama_get_logits_ith(context, end), self._words
-        else:
-            values, words = api.llama_get_embeddings_seq(context, sequence), (0, 1)
-        if not values:
+    def _logit(self, end: int) -> float:
+        """end: the pair's last token in its batch."""
+        logits = llama().llama_get_logits_ith(self._model.context, end)
+        if not logits:
             raise EngineError("llama.cpp returned no logits")
-        read = [values[word] for word in words]
-        if not self._words:
-            read = [math.log(share) if share else -math.inf for share in read]
-        return float(self.description.logit_scale * (read[0] - sum(read[1:])))
-
-
-def _yes_token(gguf: GgufFile, tokenize: Tokenizer) -> int:
-    """The first id of "Yes", as the reference takes it; the file's own record must agree. Raises
-    ModelError."""
-    yes = tokenize("Yes")
-    recorded = gguf.metadata.get("rerank.yes_token_id", yes[0] if yes else None)
-    if not yes or recorded != yes[0]:
-        raise gguf.refusal(f"its tokenizer makes {yes} of 'Yes', its metadata says {recorded}")
-    return yes[0]
+        yes, *no = [logits[word] for word in self.words]
+        return float(self._scale * (yes - sum(no)))
 
 
 class EmbeddingEngine(Engine):
@@ -2433,13 +2186,17 @@ class EmbeddingEngine(Engine):
 
     def __init__(self, model: LlamaModel) -> None:
         super().__init__(model)
-        first, last = model.special("bos", "[CLS]"), model.special("sep", "[SEP]")
-        self.pairs = TextPairs(_word_piece(model), [first], [last], model.limit)
+        first, last, gguf = model.special("bos"), model.special("sep"), model.gguf
+        self.pairs = TextPairs(tokenizer_of(model), [first], [last], model.limit)
+        self.cosine_scale = gguf.get("rerank.cosine_scale", float)
+        self.cosine_bias = gguf.get("rerank.cosine_bias", float)
+        self.overlap_scale = gguf.get("rerank.overlap_scale", float, 0.0)
+        self.first_piece_id = gguf.get("rerank.first_piece_id", int, 0)  # the most frequent one
         self._encoder = EncoderContext(model, llama().LLAMA_POOLING_TYPE_MEAN)
         self._query_vectors: OrderedDict[tuple[int, ...], FloatArray] = OrderedDict()
 
     def score(self, pairs: Sequence[Pair]) -> list[float]:
-        """See Engine.score. Queries that are not known yet take decodes of their own."""
+        """Queries that are not known yet take decodes of their own."""
         known = self._query_vectors
         queries = dict.fromkeys(tuple(pair.query_ids) for pair in pairs)
         missing = [ids for ids in queries if ids not in known]
@@ -2457,17 +2214,15 @@ class EmbeddingEngine(Engine):
 
     def logit(self, pair: Pair, query: FloatArray, passage: FloatArray) -> float:
         """query, passage: the pair's unit vectors. Any thread."""
-        model = self.description
-        logit = model.cosine_scale * float(query @ passage) + model.cosine_bias
-        if model.overlap_scale:  # between [CLS] and [SEP]
-            inside, first = slice(1, -1), model.first_piece_id
-            held = overlap(pair.query_ids[inside], pair.ids[inside], first)
-            logit += model.overlap_scale * held
+        logit = self.cosine_scale * float(query @ passage) + self.cosine_bias
+        if self.overlap_scale:
+            inside = slice(1, -1)  # between [CLS] and [SEP]
+            held = overlap(pair.query_ids[inside], pair.ids[inside], self.first_piece_id)
+            logit += self.overlap_scale * held
         return logit
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[FloatArray]:
-        """Unit vectors of one decode's sequences of ids. Only in the thread that owns the
-        engine."""
+        """Unit vectors of one decode's sequences of ids."""
         rows = self._encoder.encode(Batch(texts), self._model.n_embd)
         return list(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
@@ -2481,10 +2236,9 @@ def overlap(
     """The part of the query's pieces that the passage holds, each counted by how rare it is: 0
     none, 1 all.
 
-    How rare is read off the vocabulary, where BERT's pieces stand roughly in the order of their
-    frequency: by Zipf's law that of rank r has a frequency in proportion to 1 / r, and what search
-    engines weigh words by (inverse document frequency; Robertson and Zaragoza 2009) is the
-    logarithm of its inverse.
+    BERT's pieces stand roughly in the order of their frequency: by Zipf's law that of rank r has a
+    frequency in proportion to 1 / r, and what search engines weigh words by (inverse document
+    frequency; Robertson and Zaragoza 2009) is the logarithm of its inverse.
     """
     ranks = {token: max(0, token - first_piece_id) for token in query_ids}
     weights = {token: math.log1p(rank / ZIPF_OFFSET) for token, rank in ranks.items()}
@@ -2500,12 +2254,9 @@ _ENGINES: dict[str, Callable[[LlamaModel], Engine]] = {
 
 def load_engine(path: Path, settings: Settings, is_alone: bool = False) -> Engine:
     """Opens a GGUF file, checks it, and decides from its metadata which engine scores with it.
-    is_alone: nothing else runs in this process (see _given_back_while_written). Raises
-    ModelError."""
+    is_alone: nothing else runs in this process (see _given_back_while_written)."""
     gguf = GgufFile.open(path)
     description = describe(gguf)
-    if not gguf.header_is_intact() and IN_CHILD not in os.environ:
-        _try_in_child(path, settings)
     model = LlamaModel(gguf, description, settings, is_alone)
     try:
         engine = _ENGINES[description.kind](model)
@@ -2518,49 +2269,13 @@ def load_engine(path: Path, settings: Settings, is_alone: bool = False) -> Engin
     return engine
 
 
-IN_CHILD = "RERANK_IN_CHILD"  # set where the process may die: nobody is served by it
-
-
-def _try_in_child(path: Path, settings: Settings) -> None:
-    """llama.cpp ends the process for some damaged files (GGML_ASSERT). So a file whose header is
-    not known to be intact is loaded and scores a pair in a process of its own first, with this
-    one's settings. Raises ModelError with what that process said."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--check", str(path)]
-    environment = {**os.environ, IN_CHILD: "1", **_environment_of(settings)}
-    try:
-        child = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace",
-            timeout=CHILD_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        said = f"loading it in a process of its own took more than {CHILD_TIMEOUT_S} s"
-        raise ModelError(f"{path}: {said}") from None
-    if child.returncode == 0:
-        return
-    marks = ("GGML_ASSERT", "rerank_server.py:")
-    lines = [line for line in child.stderr.splitlines() if any(mark in line for mark in marks)]
-    said = lines[-1] if lines else f"exit status {child.returncode}"
-    said = said.removeprefix(f"rerank_server.py: {path}: ")
-    if child.returncode < 0:
-        said = f"llama.cpp ends the process that loads it ({said.rpartition('/')[2]}); {_MAKE}"
-    raise ModelError(f"{path}: {said}")
-
-
-def _environment_of(settings: Settings) -> dict[str, str]:
-    """What decides how a file is loaded, as read_settings reads it."""
-    names = ("max_length", "threads", "ubatch", "flash_attention", "repack", "accel",
-             "gpu_layers")
-    return {environment_variable_of(name): str(getattr(settings, name)) for name in names}
-
-
 def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
     """The file carries the ids of one pair as the reference builds it; this build must make the
-    same ones. Raises ModelError."""
+    same ones."""
     expected = gguf.metadata.get("rerank.check_ids")
     if not expected:
         return
-    query = gguf.require("rerank.check_query", str)
-    passage = gguf.require("rerank.check_passage", str)
+    query, passage = (gguf.get(f"rerank.check_{name}", str) for name in ("query", "passage"))
     (pair,) = engine.pairs.make(query, [passage], Cut(max_length=CHECK_MAX_LENGTH_TOKENS))
     ids = list(pair.ids)
     if not pair.truncated and ids != expected:
@@ -2839,15 +2554,9 @@ def servable_files(folders: Sequence[Path]) -> list[ModelDescription]:
     found = []
     for path in itertools.chain.from_iterable(folder.glob("*.gguf") for folder in folders):
         try:
-            model = describe(GgufFile.open(path))
+            found.append(describe(GgufFile.open(path)))
         except (ModelError, OSError) as error:
             log.warning("not served: %s", error)
-            continue
-        if model.doubt:
-            flag = "--gemma" if model.kind == YES_LOGIT else "--m3"
-            log.warning("not served: %s: %s (%s FILE)", path, model.doubt, flag)
-        else:
-            found.append(model)
     return sorted(found, key=rank)
 
 
@@ -3135,7 +2844,7 @@ class Application:
         models: dict[str, Any] = {"m3": None, "gemma": None}
         models |= {role.name: self._state_of(role) for role in self._roles.all()}
         tuning = self._settings.tuning
-        accel = {"used": tuning.accel, "reason": tuning.accel_reason, "bytes": accel_bytes()}
+        accel = {"used": not tuning.accel_reason, "reason": tuning.accel_reason, "bytes": accel_bytes()}
         about = {"status": "ok", "version": __version__, "models": models, "accel": accel}
         return Response(200, about)
 
@@ -3877,8 +3586,6 @@ def _model_lines(model: ModelDescription, n_tokens: int, arithmetic: str | None)
         yield f"computed by: {arithmetic}"
     if model.source:
         yield f"made of {model.source}"
-    for key in model.fixes:
-        yield f"set right while loading: {key} = {FIXED_VALUES[key]}"
     if (model.calibration_scale, model.calibration_bias) != (1, 0):
         line = f"{model.calibration_scale:.4g} x logit {model.calibration_bias:+.4g}"
         yield f"calibrated: sigmoid({line})"
@@ -3976,8 +3683,6 @@ def check(path: Path, pairs: str | None, settings: Settings) -> None:
 def _check_lines(engine: Engine) -> Iterator[str]:
     model, (query, passages) = engine.description, SAMPLE
     yield from _model_lines(model, model.max_tokens, engine.arithmetic)
-    if model.doubt:
-        yield f"{model.doubt}: it serves a role only when a flag names it"
     if model.kind == YES_LOGIT:
         for name, text in dataclasses.asdict(model.prompt).items():
             yield f"{name} {text!r}"

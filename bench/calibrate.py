@@ -167,9 +167,10 @@ def result_of(scorer: quality.FileScorer, judged: Judged, about: dict[str, Any])
     before, after = bins_of(special.expit(judged.x), judged), bins_of(unseen_scores(judged), judged)
     model = scorer.engine.description
     line = {}
-    if model.kind == rerank_server.BI_ENCODER:  # what convert/models.py would hold
-        line = {"cosine_scale": scale * model.cosine_scale, "overlap_scale": scale * model.overlap_scale,
-                "cosine_bias": scale * model.cosine_bias + bias}  # fmt: skip
+    if isinstance(scorer.engine, rerank_server.EmbeddingEngine):  # what convert/models.py would hold
+        own = scorer.engine
+        line = {"cosine_scale": scale * own.cosine_scale, "overlap_scale": scale * own.overlap_scale,
+                "cosine_bias": scale * own.cosine_bias + bias}  # fmt: skip
     return {
         "file": model.path.name, "kind": model.kind, "quantization": model.quantization,
         "file_bytes": model.file_bytes, "scale": scale, "bias": bias, **line,

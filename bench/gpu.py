@@ -231,8 +231,8 @@ def golden_logits(architecture: str, engine: rerank_server.Engine) -> Logits:
     """For the bi-encoder, whose golden values are cosines, on the line of its file."""
     path = ROOT / "tests" / "golden" / f"{architecture}.json"
     values = np.array(json.loads(path.read_text(encoding="utf-8"))["logits"])
-    if architecture == "bi":
-        values = engine.description.cosine_scale * values + engine.description.cosine_bias
+    if isinstance(engine, rerank_server.EmbeddingEngine):
+        values = engine.cosine_scale * values + engine.cosine_bias
     return values
 
 
@@ -506,14 +506,13 @@ def mini(run: Run) -> Iterator[Row]:
     if not (directory / "config.json").is_file():
         tiny_checkpoints.make_bi(directory, hidden_size=384, layers=6, max_seq_length=256)
     file = checkpoints.quantized(directory, ["Q8_0"])["Q8_0"]
-    forced = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    for name, setting, forced_as in (
-        ("on", "auto", forced),
-        ("off", "off", forced),
-        ("as llama.cpp finds", "auto", llama.LLAMA_FLASH_ATTN_TYPE_AUTO),
+    for name, forced_as in (
+        ("on", llama.LLAMA_FLASH_ATTN_TYPE_ENABLED),
+        ("off", llama.LLAMA_FLASH_ATTN_TYPE_DISABLED),
+        ("as llama.cpp finds", llama.LLAMA_FLASH_ATTN_TYPE_AUTO),
     ):
         llama.LLAMA_FLASH_ATTN_TYPE_ENABLED = forced_as
-        settings = run.settings(flash_attention=setting)
+        settings = run.settings()
         with opened(file, settings) as engine:
             for size in run.sizes:
                 row = {"engine": f"flash attention {name}", "size": size}

@@ -27,8 +27,6 @@ from bench.texts import Request, Texts, made_lists, read_texts
 VARIANTS: dict[str, dict[str, Any]] = {
     "the server's choice": {},
     **{f"--ubatch {n}": {"ubatch": n} for n in (128, 192, 256, 384, 512, 1024)},
-    "--flash-attention off": {"flash_attention": "off"},
-    "--repack on": {"repack": "on"},
     "--threads 1": {"threads": 1},
     "--accel off": {"accel": "off"},
     "--accel bf16": {"accel": "bf16"},

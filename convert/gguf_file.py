@@ -107,7 +107,7 @@ class GgufFile:
         with self.path.open("r+b") as stream:
             stream.seek(self.items[key][1] - room)
             stream.write(text.ljust(room).encode())
-        self._seal()
+        self.seal()
 
     def _digest(self) -> tuple[int, str]:
         """Where rerank.header_sha256 lies, and what it should be."""
@@ -117,7 +117,8 @@ class GgufFile:
         header[place : place + DIGEST_BYTES] = b"0" * DIGEST_BYTES
         return place, hashlib.sha256(header).hexdigest()
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
+        """Writes rerank.header_sha256: the server opens no file without a right one."""
         place, digest = self._digest()
         with self.path.open("r+b") as stream:
             stream.seek(place)
@@ -142,7 +143,7 @@ class GgufFile:
             shutil.copyfileobj(source, copy, COPIED_BYTES)
         key = "rerank.header_sha256"
         if key in self.items and self.metadata[key] == self._digest()[1]:
-            GgufFile.open(path)._seal()
+            GgufFile.open(path).seal()
 
 
 _Described = tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]  # name, shape, type, offset

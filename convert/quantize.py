@@ -110,7 +110,9 @@ def quantize(base: Path, output: Path, quantization: Quantization) -> str:
     if child.returncode:
         reason = re.sub(r"^\w+: ", "", last) if child.returncode == 1 else f"its process ended with {child.returncode}"
         raise ConvertError(f"{output.name}: llama.cpp could not quantise to {quantization.name} ({reason[:200]})")
-    return fallback_note(GgufFile.open(output), quantization)
+    file = GgufFile.open(output)
+    file.seal()
+    return fallback_note(file, quantization)
 
 
 def fallback_note(file: GgufFile, quantization: Quantization) -> str:

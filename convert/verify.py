@@ -121,7 +121,6 @@ def score_samples(path: Path, samples: Sequence[Sample] = SAMPLES, accel: str = 
     # a RERANK_ variable of the user's own server must not change what is measured here
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RERANK_")}
     environment["RERANK_ACCEL"] = accel
-    environment["RERANK_IN_CHILD"] = "1"  # an abort inside llama.cpp ends that process only
     command = [sys.executable, str(SERVER), "--check", str(path), "--pairs", "-"]
     done = subprocess.run(command, input=lines.encode(), capture_output=True, env=environment, check=False)
     if done.returncode:

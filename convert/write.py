@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .added import found_in_texts
 from .checkpoint import Checkpoint, Config, FloatArray
 from .errors import CannotStartError, ConvertError
+from .gguf_file import GgufFile
 from .models import (
     BI_ENCODER,
     CROSS_ENCODER,
@@ -230,6 +231,7 @@ def write_file(
                     file.write(block.data)
                     done(block.nbytes)
                 _pad(file)
+        GgufFile.open(path).seal()
     except OSError as exc:
         raise disk_error(path, exc) from exc
 
@@ -244,7 +246,7 @@ def _write_header(
     writer.add_file_type(int(file_type))
     writer.add_string("rerank.quantization", "F16" if half else "F32")
     writer.add_string("rerank.verification", "{}".ljust(VERIFICATION_BYTES))
-    writer.add_string("rerank.header_sha256", "0" * 64)  # filled in when the file is verified
+    writer.add_string("rerank.header_sha256", "0" * 64)  # filled in when all is written
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, _dtype(tensor, half), _n_bytes(tensor, half))
     writer.write_header_to_file()

@@ -367,7 +367,8 @@ def test_products_and_attention_on_lesser_cpus(library: ctypes.CDLL, isa: str) -
 def with_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rerank_server, "ACCEL_LIBRARY", ACCEL_LIBRARY)
     yield
-    rerank_server.configure_accel(rerank_server.OFF)
+    if library := rerank_server.load_accel(ACCEL_LIBRARY)[0]:
+        library.rerank_accel_configure(False, False, True)
 
 
 def score(file: Path, order: list[int], **settings: Any) -> Exact:

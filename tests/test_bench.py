@@ -202,7 +202,7 @@ def tiny(m3_results: Path) -> Path:
 
 
 def test_settings_are_measured_beside_the_servers_choice(tiny: Path, tmp_path: Path) -> None:
-    names = ["the server's choice", "--ubatch 128", "--flash-attention off"]
+    names = ["the server's choice", "--ubatch 128", "--threads 1"]
     status = settings.main([str(tiny), "--variants", *names, "--runs", "2", "--passages", "3", "--out", str(tmp_path)])
     assert status == 0
     rows = json.loads((tmp_path / "settings.json").read_text())["rows"]

@@ -46,8 +46,9 @@ def reference_of(golden: dict[str, Any], engine_of: EngineOf) -> Callable[[str],
     def logits(architecture: str) -> Logits:
         values = np.array(golden[architecture]["logits"])
         if architecture == "bi":
-            description = engine_of(architecture).description
-            values = description.cosine_scale * values + description.cosine_bias
+            engine = engine_of(architecture)
+            assert isinstance(engine, rerank_server.EmbeddingEngine)
+            values = engine.cosine_scale * values + engine.cosine_bias
         return values
 
     return logits
@@ -150,20 +151,23 @@ def test_minis_logit_is_its_cosine_and_the_overlap_as_the_reference_counts_it() 
     texts = [(pair.query, pair.passage) for pair in SCORED_PAIRS]
     engine = load_engine(MINI, max_length=256)
     try:
-        model = engine.description
+        assert isinstance(engine, rerank_server.EmbeddingEngine)
+        scale = engine.overlap_scale
         pairs = [engine.pairs.make(query, [passage])[0] for query, passage in texts]
         whole = np.array(rerank_server.score_all(engine, pairs))
-        engine.description = dataclasses.replace(model, overlap_scale=0.0)
+        engine.overlap_scale = 0.0
         added = whole - np.array(rerank_server.score_all(engine, pairs))
     finally:
         engine.close()
-    if not model.overlap_scale:
+    if not scale:
         pytest.skip(f"{MINI} was made by an older version: `make mini` makes it again")
-    expected = [model.overlap_scale * overlap(job.pairs, *text, model.first_piece_id) for text in texts]
-    assert max(expected) - min(expected) > 0.5 * model.overlap_scale
+    expected = [scale * overlap(job.pairs, *text, engine.first_piece_id) for text in texts]
+    assert max(expected) - min(expected) > 0.5 * scale
     np.testing.assert_allclose(added, expected, rtol=0, atol=SAME_SUM)
 
 
 def test_a_vocabulary_in_another_order_adds_nothing(engine_of: EngineOf) -> None:
     """Ranks that are no ranks would weigh words by chance."""
-    assert engine_of("bi").description.overlap_scale == 0
+    engine = engine_of("bi")
+    assert isinstance(engine, rerank_server.EmbeddingEngine)
+    assert engine.overlap_scale == 0

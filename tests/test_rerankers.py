@@ -5,7 +5,6 @@ That their ids and logits are the reference's is what test_tokenizers.py and tes
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,29 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PROMPTED, EngineOf, Gguf, load_engine
+from conftest import PROMPTED, EngineOf, Gguf
 from golden.inputs import SCORED_PAIRS
 from server_process import ServerProcess
-from test_gguf import rewrite, tensor_of
-from test_parity import TOLERANCE, pairs_of
+from test_parity import TOLERANCE
 from tokenizers import Tokenizer
 
 import rerank_server as server
 
 QUERY, PASSAGE = "What is the capital of France?", "Paris is the capital of France."
 # What llama.cpp's converter writes for Qwen3-Reranker (conversion/qwen.py of llama-cpp-python 0.3.36).
-FOREIGN_TEMPLATE = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n<Query>: {query}\n"
-    "<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-)
-FOREIGN = {
-    "qwen3.pooling_type": 4, "qwen3.classifier.output_labels": ["yes", "no"],
-    "tokenizer.chat_template.rerank": FOREIGN_TEMPLATE, "tokenizer.chat_template": "{{ messages }}",
-}  # fmt: skip
-
-
 def text_ids(checkpoint: Path) -> Callable[[str], list[int]]:
     """Without specials, and a special token's string is text."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
@@ -175,123 +161,3 @@ def test_a_long_pairs_end_is_as_exact_as_a_short_pair(engine_of: EngineOf, golde
     assert 0 < (len(pair.ids) - pair.n_shared) % engine.max_batch_tokens < 64
     (found,) = server.score_all(engine, [pair])
     assert found == pytest.approx(logit, abs=0.005)
-
-
-# -- files from elsewhere ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def qwen3_file(gguf_of: Gguf) -> Path:
-    return gguf_of("qwen3")
-
-
-def foreign(source: Path, target: Path, change: dict[str, Any] | None = None, drop: tuple[str, ...] = ()) -> Path:
-    """The file that llama.cpp's converter makes of the same checkpoint: its rank head holds the rows of yes and no."""
-    ids = [json.loads((source.parent / "ids.json").read_text())[word] for word in ("yes", "no")]
-    head = tensor_of(source, "token_embd.weight")[ids]
-    path = rewrite(source, target, FOREIGN | (change or {}), ("rerank.", *drop))
-    reader_tensors = {"cls.output.weight": head}
-    return add_tensors(path, target.with_name(f"head-{target.name}"), reader_tensors)
-
-
-def add_tensors(source: Path, target: Path, tensors: dict[str, Any]) -> Path:
-    import gguf
-
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "qwen3")
-    for key, field in reader.fields.items():
-        if not key.startswith(("GGUF.", "general.architecture")):
-            kind = field.types[0]
-            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), kind, sub_type=inner)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data))
-    for name, values in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
-@pytest.fixture(scope="module", autouse=True)
-def word_ids(qwen3_file: Path, engine_of: EngineOf) -> None:
-    words = engine_of("qwen3").description.words
-    (qwen3_file.parent / "ids.json").write_text(json.dumps(dict(zip(("yes", "no"), words, strict=True))))
-
-
-def test_a_qwen3_reranker_of_llama_cpps_converter_scores_as_the_reference(
-    qwen3_file: Path, tmp_path: Path, golden: dict[str, Any]
-) -> None:
-    """Its head gives softmax of yes and no, and only that: read as a logit, every score would be near one half."""
-    engine = load_engine(foreign(qwen3_file, tmp_path / "foreign.gguf"), max_length=8192)
-    try:
-        expected = np.array(golden["qwen3"]["logits"])
-        found = server.score_all(engine, pairs_of(engine))
-    finally:
-        engine.close()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.ptp(expected))
-
-
-def test_it_is_served_in_gemmas_role_when_a_flag_names_it(
-    qwen3_file: Path, tmp_path: Path, gguf_of: Gguf, golden: dict[str, Any]
-) -> None:
-    path = foreign(qwen3_file, tmp_path / "Qwen3-Reranker.gguf")
-    process = ServerProcess("--m3", gguf_of("bert"), "--gemma", path, "--threads", "1")
-    try:
-        pair, logit = SCORED_PAIRS[0], golden["qwen3"]["logits"][0]
-        _, answer, _ = process.rerank(query=pair.query, passages=[pair.passage], use_llm=True)
-    finally:
-        process.stop()
-    assert answer[0] == pytest.approx(1 / (1 + math.exp(-logit)), abs=0.005)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "labels the other way": ({"qwen3.classifier.output_labels": ["no", "yes"]}, "not a Qwen3-Reranker"),
-    "another prompt": ({"tokenizer.chat_template.rerank": "{query} {document}"}, "not a Qwen3-Reranker"),
-    "a prompt without an end": (
-        {"tokenizer.chat_template.rerank": FOREIGN_TEMPLATE.partition("<|im_end|>\n<|im_start|>assistant")[0]},
-        "not a Qwen3-Reranker"),
-    "a prompt of two turns": (
-        {"tokenizer.chat_template.rerank": FOREIGN_TEMPLATE.replace("\n<Document>", "<|im_end|>\n<Document>")},
-        "not a Qwen3-Reranker"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_foreign_file_that_is_not_understood_is_refused(name: str, qwen3_file: Path, tmp_path: Path) -> None:
-    change, reason = REFUSED[name]
-    path = foreign(qwen3_file, tmp_path / "foreign.gguf", change)
-    with pytest.raises(server.ModelError, match=reason) as caught:
-        server.describe(server.GgufFile.open(path))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_chat_model_is_not_a_reranker(qwen3_file: Path, tmp_path: Path) -> None:
-    """Without a head and a recipe, it is any Qwen3: a number from its logits would look like a score."""
-    path = rewrite(qwen3_file, tmp_path / "chat.gguf", {"tokenizer.chat_template": "x"}, ("rerank.",))
-    with pytest.raises(server.ModelError, match="not a reranker"):
-        server.describe(server.GgufFile.open(path))
-
-
-@pytest.mark.parametrize("drop", ["rerank.tail", "rerank.truncation", "rerank.yes_token_id"])
-def test_half_a_recipe_is_refused(drop: str, qwen3_file: Path, tmp_path: Path) -> None:
-    """With gemma's prompt in the place of what is missing, the model would be asked what it was not trained for."""
-    path = rewrite(qwen3_file, tmp_path / "half.gguf", None, (drop,))
-    with pytest.raises(server.ModelError, match=r"asked|yes_token_id"):
-        server.describe(server.GgufFile.open(path))
-
-
-def test_a_word_outside_the_vocabulary_is_refused(qwen3_file: Path, tmp_path: Path) -> None:
-    """It would be read past the end of the logits."""
-    path = rewrite(qwen3_file, tmp_path / "word.gguf", {"rerank.no_token_id": 1 << 20})
-    with pytest.raises(server.ModelError, match="no token"):
-        load_engine(path, max_length=256)
-
-
-def test_a_modernbert_that_does_not_say_what_its_head_sees_is_refused(gguf_of: Gguf, tmp_path: Path) -> None:
-    """llama.cpp then takes the mean, and for a model that was trained on the first token that is another model."""
-    path = rewrite(gguf_of("modernbert"), tmp_path / "mb.gguf", None, ("modern-bert.classifier.pooling_type",))
-    with pytest.raises(server.ModelError, match="not known for a cross-encoder"):
-        server.describe(server.GgufFile.open(path))
