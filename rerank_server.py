@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import base64
 import contextlib
 import ctypes
 import dataclasses
@@ -438,7 +437,6 @@ class ModelError(Exception):
 # (docs/openapi.py makes web/openapi.json of ENDPOINTS, CONTRACTS and FIELDS)
 # --------------------------------------------------------------------------------------------------
 
-MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time with the square of them
 MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
 BYTES_PER_TOKEN = 3  # a guess; English has about 4, and no text has less than 1
 TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
@@ -472,8 +470,8 @@ def segments_of(path: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Cut:
-    """How texts are shortened, in tokens; None: no limit of the request's own. keep_end: of a
-    passage. max_windows, overlap: of CHUNK. instruction: for a prompt that has a place for it."""
+    """How texts are shortened; None: no limit of the request's own. keep_end: of a passage.
+    max_windows, overlap: of CHUNK. instruction: for a prompt that has a place for it."""
 
     max_length: int | None = None
     max_query: int | None = None
@@ -487,9 +485,7 @@ class Cut:
 @dataclass(frozen=True)
 class RerankRequest:
     """queries: one for all passages or one for each. texts: the client's word for the passages.
-    documents: as they were sent. replaced: passages with half a character, read as U+FFFD.
-    asks_more: it holds a field that only this server knows, so its client reads more than its
-    contract's keys."""
+    documents: as they were sent."""
 
     queries: tuple[str, ...]
     passages: tuple[str, ...]
@@ -506,15 +502,13 @@ class RerankRequest:
     timeout_s: float = math.inf
     texts: str = "passages"
     documents: tuple[Any, ...] = ()
-    replaced: frozenset[int] = frozenset()
-    asks_more: bool = False
 
     @staticmethod
     def parse(raw: bytes, path: str = RERANK) -> tuple[RerankRequest, str]:
-        """The request, and the name of its contract. Raises BadRequestError."""
-        body, wrapper = _unwrapped(parse_json_object(raw))
-        contract = contract_of(body, path, wrapper)
+        """The request, and the name of its contract."""
         try:
+            body, wrapper = _unwrapped(parse_json_object(raw))
+            contract = contract_of(body, path, wrapper)
             values = _read_texts(body, contract)
         except RecursionError:
             raise BadRequestError("the body is nested too deeply") from None
@@ -523,15 +517,19 @@ class RerankRequest:
             value = body.get(field.name)
             if value is None or (field.contracts and contract not in field.contracts):
                 continue
-            values["asks_more"] |= field.is_own
             read = field.read(value, field.name)
             if read is not None:
                 target = field.target or field.name
                 (cut if target in Cut.__dataclass_fields__ else values)[target] = read
         if "max_windows" in cut or "overlap" in cut:
             values.setdefault("on_overflow", CHUNK)
-        request = RerankRequest(**values, cut=Cut(**cut))
-        _check_counts(request, body)
+        request, n = RerankRequest(**values, cut=Cut(**cut)), len(values["passages"])
+        if request.ids is not None and len(request.ids) != n:
+            message = f"'ids' has {len(request.ids)} entries for {n} {request.texts}"
+            raise BadRequestError(message, "ids")
+        if request.top_n == 0 and n:  # clients that send a list's length send 0 for none
+            name = _key_of(body, ("top_n", "top_k", "k"))
+            raise BadRequestError(f"'{name}' must be at least 1", name)
         return request, contract
 
     def query_of(self, index: int) -> str:
@@ -546,16 +544,6 @@ class RerankRequest:
             for text in self.passages
         ]
         return int(sum(sorted(sizes, reverse=True)[:n]))
-
-
-def _check_counts(request: RerankRequest, body: dict[str, Any]) -> None:
-    n_passages = len(request.passages)
-    if request.ids is not None and len(request.ids) != n_passages:
-        message = f"'ids' has {len(request.ids)} entries for {n_passages} {request.texts}"
-        raise BadRequestError(message, "ids")
-    if request.top_n == 0 and n_passages:  # clients that send a list's length send 0 for none
-        name = _key_of(body, ("top_n", "top_k", "k"))
-        raise BadRequestError(f"'{name}' must be at least 1", name)
 
 
 # -- Contracts: whose words a body speaks
@@ -606,23 +594,6 @@ def contract_of(body: dict[str, Any], path: str, wrapper: str = "") -> str:
 
 
 def _read_texts(body: dict[str, Any], contract: str) -> dict[str, Any]:
-    query_key, queries, texts_key, documents = _raw_texts(body, contract)
-    fields = body.get("rank_fields") or []  # Cohere v1: those that count, joined by line ends
-    if not isinstance(fields, list) or not all(isinstance(name, str) for name in fields):
-        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
-    found = [_text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)]
-    passages = tuple(map(_whole_characters, found))
-    ids = tuple(item.get("id") if isinstance(item, dict) else None for item in documents)
-    has_ids = any(item is not None for item in ids)
-    return {
-        "queries": tuple(_whole_characters(_text_of(item, query_key)) for item in queries),
-        "passages": passages, "texts": texts_key, "documents": tuple(documents),
-        "replaced": frozenset(n for n, text in enumerate(found) if text is not passages[n]),
-        "ids": ids if has_ids else None, "asks_more": has_ids,
-    }
-
-
-def _raw_texts(body: dict[str, Any], contract: str) -> tuple[str, list[Any], str, list[Any]]:
     """/score takes one text for a list, and several queries, pair by pair."""
     defaults = {"native": ("query", "passages"), "score": ("text_1", "text_2")}
     query_key, texts_key = defaults.get(contract, ("query", "documents"))
@@ -634,28 +605,38 @@ def _raw_texts(body: dict[str, Any], contract: str) -> tuple[str, list[Any], str
     if contract != "score" or not isinstance(queries, list):
         queries = [queries]
     if not isinstance(documents, list):
-        message = _expected(texts_key, "a list of strings", body, PASSAGE_KEYS)
-        raise BadRequestError(message, texts_key)
+        raise _wrong(texts_key, "a list of strings", body, PASSAGE_KEYS)
     if query_key not in body:
-        raise BadRequestError(_expected(query_key, "a string", body, QUERY_KEYS), query_key)
+        raise _wrong(query_key, "a string", body, QUERY_KEYS)
     if len(queries) not in (1, len(documents)):
         message = f"'{query_key}' must be one text or as many as '{texts_key}' ({len(documents)})"
         raise BadRequestError(message, query_key)
-    return query_key, queries, texts_key, documents
+    fields = body.get("rank_fields") or []  # Cohere v1: those that count, joined by line ends
+    if not isinstance(fields, list) or not all(isinstance(name, str) for name in fields):
+        raise BadRequestError("'rank_fields' must be a list of strings", "rank_fields")
+    ids = tuple(item.get("id") if isinstance(item, dict) else None for item in documents)
+    has_ids = any(item is not None for item in ids)
+    return {
+        "queries": tuple(_text_of(item, query_key) for item in queries),
+        "passages": tuple(
+            _text_of(item, f"{texts_key}[{n}]", fields) for n, item in enumerate(documents)),
+        "texts": texts_key, "documents": tuple(documents), "ids": ids if has_ids else None,
+    }
 
 
 def _text_of(value: Any, name: str, rank_fields: Sequence[str] = ()) -> str:
     """A string, an object that holds a text, or a list of such objects (content parts)."""
     if isinstance(value, str):
-        return value
+        return _whole_characters(value)
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return "\n".join(_text_of(part, f"{name}[{n}]") for n, part in enumerate(value))
     if not isinstance(value, dict):
-        raise _wrong(name, "a string", value)
+        raise _wrong(name, "a string", {name: value})
     keys = rank_fields or [key for key in TEXT_KEYS if value.get(key) is not None][:1]
     texts = [_text_of(value[key], f"{name}.{key}") for key in keys if value.get(key) is not None]
     if not texts:
-        raise _wrong(name, f"a string, or have a {' or '.join(rank_fields or TEXT_KEYS)}", value)
+        expected = f"a string, or have a {' or '.join(rank_fields or TEXT_KEYS)}"
+        raise _wrong(name, expected, {name: value})
     return "\n".join(texts)
 
 
@@ -668,6 +649,24 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+def _wrong(
+    name: str, expected: str, body: dict[str, Any], others: Sequence[str] = ()
+) -> BadRequestError:
+    """others: the keys that would do as well."""
+    if name in body:
+        message = f"'{name}' must be {expected}, not {_json_type(body[name])}"
+        return BadRequestError(message, name)
+    would_do = ", ".join(other for other in others if other != name)
+    also = f" ({would_do} would do, too)" if would_do else ""
+    return BadRequestError(f"'{name}' is missing: it must be {expected}{also}", name)
+
+
+def _json_type(value: Any) -> str:
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string",
+                              bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
 # -- Fields: what else a body may hold
 
 
@@ -675,13 +674,12 @@ def _whole_characters(text: str) -> str:
 class Field:
     """An optional key of a body. read: (value, name) to what is kept; None: it says nothing.
     target: of RerankRequest or Cut, where it has another name. contracts: those that know it; none:
-    all. is_own: nobody else knows it."""
+    all."""
 
     name: str
     read: Callable[[Any, str], Any]
     target: str = ""
     contracts: tuple[str, ...] = ()
-    is_own: bool = False
 
 
 @dataclass(frozen=True)
@@ -723,7 +721,7 @@ class Choice:
 
 def read_string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _wrong(name, "a string", value)
+        raise _wrong(name, "a string", {name: value})
     if _whole_characters(value) is not value:
         raise BadRequestError(f"'{name}' has half a character (a lone surrogate)", name)
     return value
@@ -731,11 +729,11 @@ def read_string(value: Any, name: str) -> str:
 
 def read_ids(value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise _wrong(name, "a list of strings or numbers", value)
+        raise _wrong(name, "a list of strings or numbers", {name: value})
     for index, item in enumerate(value):
-        is_text = isinstance(item, str) and _whole_characters(item) is item
+        is_text, at = isinstance(item, str) and _whole_characters(item) is item, f"{name}[{index}]"
         if not is_text and type(item) is not int:
-            raise _wrong(f"{name}[{index}]", "a string or a whole number", item)
+            raise _wrong(at, "a string or a whole number", {at: item})
     return tuple(value)
 
 
@@ -753,29 +751,29 @@ _OVERFLOW = Choice({word: word for word in (TRUNCATE, ERROR, CHUNK)})
 _KEEP_END = Choice({"left": True, "right": False})
 FIELDS = (  # what each does is said in docs/openapi.py
     Field("model", read_string),
-    Field("use_llm", _BOOLEAN, is_own=True),
-    Field("llm_top_n", _COUNT, is_own=True),
+    Field("use_llm", _BOOLEAN),
+    Field("llm_top_n", _COUNT),
     Field("k", _TOP_N, "top_n"),
     Field("top_k", _TOP_N, "top_n"),
     Field("top_n", _TOP_N),
     Field("return_documents", _BOOLEAN),
     Field("return_text", _BOOLEAN, "return_documents", ("tei",)),
     Field("raw_scores", _BOOLEAN),
-    Field("min_score", _FLOAT, is_own=True),
-    Field("ids", read_ids, is_own=True),
+    Field("min_score", _FLOAT),
+    Field("ids", read_ids),
     Field("instruction", _text_of),
     Field("truncate_prompt_tokens", _LENGTH_OR_ALL, "max_length"),
-    Field("max_length", _LENGTH, is_own=True),
+    Field("max_length", _LENGTH),
     Field("max_tokens_per_query", _LIMIT, "max_query"),
     Field("max_tokens_per_doc", _LIMIT, "max_passage"),
     Field("max_chunks_per_doc", _LIMIT, "max_windows"),
     Field("overlap_tokens", Number(0, MAX_MAX_LENGTH_TOKENS), "overlap"),
     Field("truncate", _MAY_CUT, "on_overflow", ("tei", "nvidia")),
     Field("truncation", _MAY_CUT, "on_overflow", ("voyage",)),
-    Field("on_overflow", _OVERFLOW, is_own=True),
+    Field("on_overflow", _OVERFLOW),
     Field("truncation_direction", _KEEP_END, "keep_end", ("tei",)),
     Field("truncation_side", _KEEP_END, "keep_end"),
-    Field("timeout", _SECONDS, "timeout_s", is_own=True),
+    Field("timeout", _SECONDS, "timeout_s"),
 )
 
 # -- JSON, stricter than Python's: names are unique (readers differ in which of two they take: RFC
@@ -783,29 +781,23 @@ FIELDS = (  # what each does is said in docs/openapi.py
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """Raises BadRequestError."""
     try:
         text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # Windows' byte order mark
-        _check_containers(raw)
+        if raw.count(b"[") + raw.count(b"{") > MAX_JSON_CONTAINERS:
+            bare = re.sub(r'"[^"]*"', "", re.sub(r"\\.", "", text))  # strings may hold brackets
+            if bare.count("[") + bare.count("{") > MAX_JSON_CONTAINERS:
+                limit = f"{MAX_JSON_CONTAINERS:,} lists and objects"
+                raise BadRequestError(f"the body holds more than {limit}")
         body = _JSON.decode(text)
     except UnicodeDecodeError as error:
         raise BadRequestError(f"the body is not valid UTF-8: byte {error.start}") from None
     except RecursionError:
         raise BadRequestError("the body is nested too deeply") from None
-    except ValueError as error:
+    except ValueError as error:  # also a number of more than 4,300 digits
         raise BadRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, not {_json_type(body)}")
     return body
-
-
-def _check_containers(raw: bytes) -> None:
-    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_CONTAINERS:
-        # Brackets inside strings do not count.
-        bare = re.sub(rb'"[^"]*"', b"", re.sub(rb"\\.", b"", raw, flags=re.DOTALL))
-        if bare.count(b"[") + bare.count(b"{") > MAX_JSON_CONTAINERS:
-            limit = f"{MAX_JSON_CONTAINERS:,} lists and objects"
-            raise BadRequestError(f"the body holds more than {limit}")
 
 
 def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -816,41 +808,11 @@ def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _json_number(kind: Callable[[str], Any], text: str) -> Any:
-    is_long = len(text) > MAX_NUMBER_CHARACTERS
-    if kind is float and (is_long or not math.isfinite(float(text))):
-        raise BadRequestError(f"the number {text[:40]} in the body is more than a float can hold")
-    if is_long:
-        raise BadRequestError(f"a number in the body has {len(text):,} characters")
-    return kind(text)
-
-
 def _json_constant(text: str) -> None:
-    raise BadRequestError(f"the body is not valid JSON: {text} is no JSON number")
+    raise ValueError(f"{text} is no JSON number")
 
 
-_JSON = json.JSONDecoder(
-    object_pairs_hook=_json_object, parse_int=functools.partial(_json_number, int),
-    parse_float=functools.partial(_json_number, float), parse_constant=_json_constant)
-
-
-def _wrong(name: str, expected: str, value: Any) -> BadRequestError:
-    return BadRequestError(_expected(name, expected, {name: value}), name)
-
-
-def _expected(name: str, expected: str, body: dict[str, Any], others: Sequence[str] = ()) -> str:
-    """others: the keys that would do as well."""
-    if name in body:
-        return f"'{name}' must be {expected}, not {_json_type(body[name])}"
-    would_do = ", ".join(other for other in others if other != name)
-    also = f" ({would_do} would do, too)" if would_do else ""
-    return f"'{name}' is missing: it must be {expected}{also}"
-
-
-def _json_type(value: Any) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string",
-                              bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+_JSON = json.JSONDecoder(object_pairs_hook=_json_object, parse_constant=_json_constant)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1169,7 +1131,6 @@ _METRICS: tuple[tuple[Any, str, str], ...] = (  # kind, labels, names
     (_DURATION, "role", "queue_seconds tokenise_seconds inference_seconds"),
     (_PART, "role", "batch_fill_ratio"),
     (_COUNTER, "role", "pairs tokens cache_hits failed_batches truncated_passages"),
-    (_COUNTER, "role", "replaced_passages"),
     (_GAUGE, "role", "queue_tokens queue_requests model_loaded"),
     (_GAUGE, "", "accel_bytes resident_bytes"),
     (_INFO, "role", "model"),
@@ -2599,6 +2560,7 @@ class Roles:
 # that a strict one refuses.
 # --------------------------------------------------------------------------------------------------
 
+
 def write_native(ranking: Ranking) -> list[float]:
     """A float for each passage, in its order. After two stages the floats of the rest are
     multiplied by the lowest of the second stage, so that the array ranks as the stages do."""
@@ -2611,24 +2573,20 @@ def write_native(ranking: Ranking) -> list[float]:
 
 
 def _written(
-    ranking: Ranking, results: Iterable[Scored], key: str, document: str = "document",
-    as_sent: bool = False, has_more: bool = True,
+    ranking: Ranking, results: Iterable[Scored], key: str, as_sent: bool = False
 ) -> list[dict[str, Any]]:
-    """document: the key of a passage that is asked back. as_sent: as an object, with what else the
-    client's held. has_more: this server's own words, too."""
+    """as_sent: a passage that is asked back is an object, with what else the client's held."""
     request, written = ranking.request, []
     for result in results:
-        index = result.index
+        index, document = result.index, request.passages[result.index]
         entry: dict[str, Any] = {"index": index, key: result.value(request)}
         if request.return_documents:
-            text = request.passages[index]
-            entry[document] = {**_sent(request, index), "text": text} if as_sent else text
-        more = {
-            "model": result.model, "id": request.ids and request.ids[index],
-            "truncated": result.truncated or None, "replaced": index in request.replaced or None,
-        }
-        if has_more:
-            entry |= {name: value for name, value in more.items() if value is not None}
+            entry["document"] = {**_sent(request, index), "text": document} if as_sent else document
+        entry["model"] = result.model
+        if request.ids and request.ids[index] is not None:
+            entry["id"] = request.ids[index]
+        if result.truncated:
+            entry["truncated"] = True
         written.append(entry)
     return written
 
@@ -2639,9 +2597,10 @@ def _sent(request: RerankRequest, index: int) -> dict[str, Any]:
 
 
 def write_tei(ranking: Ranking) -> list[dict[str, Any]]:
-    """Elastic's parser refuses any key but index, score and text."""
-    has_more = ranking.request.asks_more
-    return _written(ranking, ranking.shown(), "score", "text", has_more=has_more)
+    """Elastic's parser refuses any other key."""
+    names = {"index": "index", "score": "score", "document": "text"}
+    written = _written(ranking, ranking.shown(), "score")
+    return [{names[key]: one[key] for key in names if key in one} for one in written]
 
 
 def write_jina(ranking: Ranking) -> dict[str, Any]:
@@ -2709,6 +2668,10 @@ MAX_CLIENT_BATCH_SIZE = 10_000  # for TEI's clients, which split longer lists; a
 MAX_INDEX_HEADER_CHARACTERS = 1000  # proxies have 4 kB or more for all headers of an answer
 WEB = HERE / "web"
 OPEN_ENDPOINTS = ("/", "/health", "/ready")  # without a key: a browser opens a page, probes ask
+PAGE_HEADERS = {  # beside the policy in the page itself, which docs/openapi.py writes
+    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
+}
 
 
 @dataclass(frozen=True)
@@ -2724,43 +2687,20 @@ class Response:
 Handler = Callable[[bytes, Call], Response]
 
 
-def page_response(page: str) -> Response:
-    """A page whose own script and style run, and nothing that a text brings along or the network
-    has (Content Security Policy, level 3). Trusted types: no script can turn a text into HTML."""
-    policy = (
-        f"default-src 'none'; script-src {_hashes(page, 'script')}; "
-        f"style-src {_hashes(page, 'style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'")
-    return Response(200, page, {
-        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
-        "Cache-Control": "no-cache",
-    })
-
-
-def _hashes(page: str, element: str) -> str:
-    """Of what is inside each such element: CSP's source list."""
-    texts = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
-    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests) or "'none'"
-
-
-def index_header(indices: Iterable[int]) -> str:
+def index_header(indices: Sequence[int]) -> str:
     """0-4,9,12; where that is too long for a header, only how many: count=14000."""
-    in_order = sorted(indices)
     runs: list[list[int]] = []
-    for index in in_order:
+    for index in indices:
         if runs and runs[-1][-1] == index - 1:
             runs[-1][1:] = [index]
         else:
             runs.append([index])
     named = ",".join("-".join(map(str, run)) for run in runs)
-    return named if len(named) <= MAX_INDEX_HEADER_CHARACTERS else f"count={len(in_order)}"
+    return named if len(named) <= MAX_INDEX_HEADER_CHARACTERS else f"count={len(indices)}"
 
 
 class Application:
-    """Raw body in, Response out. Any thread."""
+    """Raw body in, Response out."""
 
     def __init__(self, roles: Roles, settings: Settings, web: Path = WEB) -> None:
         self._roles, self._settings, self._web = roles, settings, web
@@ -2780,10 +2720,9 @@ class Application:
         files = dict.fromkeys((ranking.file, *(result.model for result in ranking.results)))
         # A header holds no other alphabet.
         headers = {"X-Rerank-Model": ",".join(map(urllib.parse.quote, files))}
-        truncated = [result.index for result in ranking.results if result.truncated]
-        for name, indices in (("Truncated", truncated), ("Replaced", request.replaced)):
-            if indices:
-                headers[f"X-Rerank-{name}"] = index_header(indices)
+        truncated = sorted(result.index for result in ranking.results if result.truncated)
+        if truncated:
+            headers["X-Rerank-Truncated"] = index_header(truncated)
         return Response(200, CONTRACTS[contract](ranking), headers)
 
     def rank(self, request: RerankRequest, call: Call) -> Ranking:
@@ -2794,7 +2733,6 @@ class Application:
         if request.cut.instruction and not role.description.prompt.instructed_query_prefix:
             message = f"{role.description.name} takes no 'instruction'"
             raise BadRequestError(message, "instruction")
-        self.metrics.add("replaced_passages", len(request.replaced), role.name)
         ranking = functools.partial(Ranking, request, call.path, role.description.name)
         m3, n, everything = self._roles.m3, request.llm_top_n, range(len(request.passages))
         if role is m3 or n is None:
@@ -2810,30 +2748,27 @@ class Application:
         endpoints."""
         wants_json = "application/json" in call.accept and "text/html" not in call.accept
         if not wants_json and (self._web / "index.html").is_file():
-            return page_response(self._file("index.html"))
+            return self._file("index.html")
         ways = [f"{method} {path}" for path, methods in self.routes.items() for method in methods]
         about = {"name": "rerank-server", "version": __version__, "endpoints": ways}
         return Response(200, about)
 
     def docs(self, raw: bytes, call: Call) -> Response:
-        return page_response(self._file("docs.html"))
+        return self._file("docs.html")
 
     def openapi(self, raw: bytes, call: Call) -> Response:
-        return Response(200, self._file("openapi.json"), page_type="application/json")
+        return dataclasses.replace(self._file("openapi.json"), page_type="application/json")
 
-    def _file(self, name: str) -> str:
-        """Raises HttpError where rerank_server.py was copied alone."""
+    def _file(self, name: str) -> Response:
         try:
-            return (self._web / name).read_text(encoding="utf-8")
-        except OSError:
+            return Response(200, (self._web / name).read_text(encoding="utf-8"), PAGE_HEADERS)
+        except OSError:  # rerank_server.py was copied alone
             raise HttpError(f"there is no web/{name} beside rerank_server.py", 404) from None
 
     def ready(self, raw: bytes, call: Call) -> Response:
-        """Whether a load balancer should send requests. Raises UnavailableError."""
-        if self.is_stopping:
-            raise UnavailableError("the server is stopping")
-        if not self._roles.m3.is_loaded():
-            raise UnavailableError("the model is not loaded")
+        """Whether a load balancer should send requests."""
+        if self.is_stopping or not self._roles.m3.is_loaded():
+            raise UnavailableError("the server is stopping, or its model is not loaded")
         return Response(200, {"status": "ready"})
 
     def metrics_page(self, raw: bytes, call: Call) -> Response:
@@ -2843,24 +2778,23 @@ class Application:
     def health(self, raw: bytes, call: Call) -> Response:
         models: dict[str, Any] = {"m3": None, "gemma": None}
         models |= {role.name: self._state_of(role) for role in self._roles.all()}
-        tuning = self._settings.tuning
-        accel = {"used": not tuning.accel_reason, "reason": tuning.accel_reason, "bytes": accel_bytes()}
+        reason = self._settings.tuning.accel_reason
+        accel = {"used": not reason, "reason": reason, "bytes": accel_bytes()}
         about = {"status": "ok", "version": __version__, "models": models, "accel": accel}
         return Response(200, about)
 
     def models(self, raw: bytes, call: Call) -> Response:
         """OpenAI's list of models, one for each role that has a file; /v1/models/NAME: the one that
-        serves this name. Raises ModelNotFoundError."""
+        serves this name."""
         _, _, name = call.path.strip("/").partition("models/")
         if not name:
             listed = [self._listed(role, role.description.name) for role in self._roles.all()]
             return Response(200, {"object": "list", "data": listed})
-        name = urllib.parse.unquote(name)
-        asked = RerankRequest((), (), model=name)
+        asked = RerankRequest((), (), model=urllib.parse.unquote(name))
         role = self._roles.select(asked, self._settings.strict_model)
-        return Response(200, self._listed(role, name))
+        return Response(200, self._listed(role, asked.model))
 
-    def _listed(self, role: Role, name: str) -> dict[str, Any]:
+    def _listed(self, role: Role, name: str | None) -> dict[str, Any]:
         """model_type: what Xinference's clients look at."""
         return {
             "id": name, "object": "model", "created": 0, "owned_by": role.description.source,

@@ -8,6 +8,8 @@ error. --check writes nothing: exit status 1 where the committed files are other
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import html
 import json
 import re
@@ -96,7 +98,6 @@ STATUS_HELP = {
 HEADER_HELP = {
     "X-Rerank-Model": "the files that scored",
     "X-Rerank-Truncated": "the passages that were cut: 0-4,9 or count=N",
-    "X-Rerank-Replaced": "the passages with half a character, read as U+FFFD: 0-4,9 or count=N",
     "X-Request-Id": "the client's own, or one made here",
     "Server-Timing": "queue, tokenise, inference and total, in milliseconds",
 }
@@ -223,10 +224,9 @@ def request_schema(contract: str) -> Schema:
     return {**_object(list(texts_of), **texts_of, **optional), **about}
 
 
-def _results(score: str, has_model: bool = True, **document: Schema) -> Schema:
-    optional = {"model": _STRING, "id": {}, "truncated": _BOOLEAN, "replaced": _BOOLEAN, **document}
-    required = ["index", score, *(["model"] if has_model else [])]
-    return _list(_object(required, index=_INTEGER, **{score: _NUMBER}, **optional))
+def _results(score: str, **document: Schema) -> Schema:
+    optional = {"model": _STRING, "id": {}, "truncated": _BOOLEAN, **document}
+    return _list(_object(["index", score, "model"], index=_INTEGER, **{score: _NUMBER}, **optional))
 
 
 def response_schemas() -> dict[str, Schema]:
@@ -241,7 +241,7 @@ def response_schemas() -> dict[str, Schema]:
     return {
         "native": floats,
         "jina": _object(**envelope, results=results, meta=meta),
-        "tei": _results("score", has_model=False, text=_STRING),
+        "tei": _list(_object(["index", "score"], index=_INTEGER, score=_NUMBER, text=_STRING)),
         "voyage": _object(**envelope, results=results, meta=meta, data=of_voyage),
         "score": _object(**envelope, data=_results("score", object=_STRING, document=_STRING)),
         "nvidia": _object(rankings=_list(_object(index=_INTEGER, logit=_NUMBER))),
@@ -404,18 +404,42 @@ def page() -> str:
         for what, names in (("A query", server.QUERY_KEYS), ("Texts", server.PASSAGE_KEYS),
                             ("The text of an object", server.TEXT_KEYS)))  # fmt: skip
     return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>rerank-server</title>\n'
+        f'<!doctype html>\n<html lang="en">{_CHARSET}\n<title>rerank-server</title>\n'
         f"<style>{_STYLE}</style>\n<h1>rerank-server {server.__version__}</h1>\n{pages}"
         "<h2>Contracts</h2>\n<p>The last segment of a path decides; what is before it does not "
         f"count.</p>\n{contracts}<h2>Keys</h2>\n{keys}<h2>Optional fields</h2>\n{fields}</html>\n"
     )
 
 
+_CHARSET = '<meta charset="utf-8">'
+_POLICY = '<meta http-equiv="Content-Security-Policy" content="'
+
+
+def with_policy(page: str) -> str:
+    """The page with a policy by which its own script and style run, and nothing that a text brings along or the network
+    has (Content Security Policy, level 3). Trusted types: no script can turn a text into HTML."""
+    lines = [line for line in page.splitlines(keepends=True) if not line.startswith(_POLICY)]
+    page = "".join(lines)
+    policy = (
+        f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
+    return page.replace(_CHARSET + "\n", f'{_CHARSET}\n{_POLICY}{policy}">\n', 1)
+
+
+def _hashes(page: str, element: str) -> str:
+    """Of what is inside each such element: the policy's source list."""
+    texts = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="docs/openapi.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     arguments = parser.parse_args(argv)
-    made = {"openapi.json": json.dumps(document(), indent=1) + "\n", "docs.html": page()}
+    made = {"openapi.json": json.dumps(document(), indent=1) + "\n", "docs.html": with_policy(page()),
+            "index.html": with_policy((ROOT / "web" / "index.html").read_text(encoding="utf-8"))}  # fmt: skip
     for name, text in made.items():
         path = ROOT / "web" / name
         if not arguments.check:

@@ -296,17 +296,13 @@ def test_the_texts_of_content_parts_are_joined(served: Served) -> None:
 HALF: dict[str, Any] = {"query": "q", "documents": ["-2", "\ud83d 3", "1"], "return_documents": True}
 
 
-def test_half_a_character_is_replaced_counted_and_told(served: Served) -> None:
-    counted = served.server.application.metrics._named["replaced_passages"].labels("m3")
-    before = counted._value.get()
-    status, answer, headers = post(served, "/v1/rerank", HALF)
-    assert (status, headers["X-Rerank-Replaced"]) == (200, "1")
-    assert [(item["index"], item.get("replaced", False)) for item in answer["results"]] == [
-        (1, True), (2, False), (0, False)]  # fmt: skip
+def test_half_a_character_is_read_as_the_replacement_character(served: Served) -> None:
+    status, answer, _ = post(served, "/v1/rerank", HALF)
+    assert status == 200
+    assert [item["index"] for item in answer["results"]] == [1, 2, 0]
     assert answer["results"][0]["document"] == {"text": "\ufffd 3"}
-    assert counted._value.get() == before + 1
-    status, scores, headers = post(served, "/rerank", {"query": "q", "passages": HALF["documents"][:2]})
-    assert (status, scores, headers["X-Rerank-Replaced"]) == (200, [LOW, HIGH], "1")
+    status, scores, _ = post(served, "/rerank", {"query": "q", "passages": HALF["documents"][:2]})
+    assert (status, scores) == (200, [LOW, HIGH])
 
 
 def best(served: Served, texts: Sequence[str], query: str = "q", /, **fields: Any) -> list[float]:
@@ -374,9 +370,8 @@ def test_elastic_is_told_nothing_that_it_refuses_whatever_happened(served: Serve
     body = {"query": "q", "texts": [LONG, "3 \ud83d"], "return_text": True, "top_n": 2}
     status, answer, headers = post(served, "/", body)
     assert (status, elastic(answer)) == (200, [1, 0])
-    assert (headers["X-Rerank-Truncated"], headers["X-Rerank-Replaced"]) == ("0", "1")
-    (asked, _) = ask(served, "/", {**body, "on_overflow": "truncate"})
-    assert asked["replaced"], "a field of this server's own: the client reads more"
+    assert headers["X-Rerank-Truncated"] == "0"
+    assert elastic(ask(served, "/", {**body, "on_overflow": "truncate", "ids": ["a", "b"]})) == [1, 0]
 
 
 def test_voyages_answer_has_what_light_rag_reads(served: Served) -> None:

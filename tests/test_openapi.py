@@ -218,7 +218,8 @@ def test_get_routes_answer_as_described(document: Document, tiny_server: ServerP
 
 def test_the_page_needs_no_network_and_names_every_field(document: Document, tiny_server: ServerProcess) -> None:
     with urllib.request.urlopen(f"{tiny_server.url}/docs", timeout=30) as answer:
-        page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+        page = answer.read().decode()
+    (policy,) = re.findall('<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert f"style-src 'sha256-{digest}'" in policy

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -196,7 +198,14 @@ def test_a_page_needs_no_key_and_no_other_host() -> None:
 @pytest.mark.parametrize("path", ["/", "/docs"])
 def test_the_policy_allows_no_script_but_the_pages_own(faked: Running, path: str) -> None:
     _, page, headers = get(url_of(faked) + path)
-    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+    assert headers["X-Frame-Options"] == "DENY"
+    (text,) = re.findall('<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)
+    assert page.index(text) < page.index("<style>")
+    policy = dict(part.strip().split(" ", 1) for part in text.split(";"))
+    for element in ("script", "style"):
+        for code in re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL):
+            digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+            assert f"'sha256-{digest}'" in policy[f"{element}-src"], "it was changed: make openapi"
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
     assert "unsafe" not in str(policy)
