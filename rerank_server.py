@@ -1562,24 +1562,27 @@ ACCEL_SPARE_BYTES = 200_000_000  # that must stay free beside its copy of the we
 
 @functools.cache
 def llama() -> Any:
-    """The module llama_cpp.llama_cpp. It is imported here, and what it reads from the environment
-    when it is loaded is set before."""
-    # OpenMP's threads otherwise spin while they wait for each other, and a second busy process
-    # makes each barrier wait for a time slice: 11.8 s became 4.1 s on two shared cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A few microseconds: 8 % faster, and no slower beside a busy process.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # no debugger is started for an abort
-    # On a GPU (bench/results/gpu-nvidia-h200.md): a quarter of the error in F16 files at no cost,
-    # and 2 GB of logits that an encoder never computes are not pinned in the host's memory.
-    os.environ.setdefault("GGML_CUDA_CUBLAS_COMPUTE_TYPE", "f32")
-    os.environ.setdefault("GGML_CUDA_NO_PINNED", "1")
+    """The module llama_cpp.llama_cpp. What it reads from the environment is set before."""
+    for name, value in (
+        # OpenMP's threads otherwise spin while they wait for each other, and a second busy process
+        # makes each barrier wait for a time slice: 11.8 s became 4.1 s on two shared cores. A few
+        # microseconds are 8 % faster, and no slower beside a busy process.
+        ("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "2000"),
+        ("GGML_NO_BACKTRACE", "1"),  # no debugger is started for an abort
+        # On a GPU (bench/results/gpu-nvidia-h200.md): a quarter of the error in F16 files at no
+        # cost, and 2 GB of logits that an encoder never computes are not pinned in the memory.
+        ("GGML_CUDA_CUBLAS_COMPUTE_TYPE", "f32"), ("GGML_CUDA_NO_PINNED", "1"),
+    ):
+        os.environ.setdefault(name, value)
     import llama_cpp.llama_cpp as library
 
-    callback = library.llama_log_callback(_native_log.add)
-    _native_log.callback = callback  # or it would be freed
-    library.llama_log_set(callback, ctypes.c_void_p(0))
-    _load_backends(library)
+    _native_log.callback = library.llama_log_callback(_native_log.add)  # or it would be freed
+    library.llama_log_set(_native_log.callback, ctypes.c_void_p(0))
+    # A portable build of llama.cpp (GGML_BACKEND_DL) has a CPU library for each instruction set and
+    # loads none; the best for this CPU is taken here, as llama-cpp-python does not.
+    if _native("ggml_backend_reg_count", ctypes.c_size_t, library=library)() == 0:
+        load = _native("ggml_backend_load_all_from_path", None, ctypes.c_char_p, library=library)
+        load(os.fsencode(Path(library.__file__).parent / "lib"))
     return library
 
 
@@ -1592,23 +1595,11 @@ def llama_version() -> str:
     return found[1] if found else "unknown"
 
 
-def _native(name: str, result: Any, *arguments: Any) -> Any:
+def _native(name: str, result: Any, *arguments: Any, library: Any = None) -> Any:
     """A function of ggml's C API that llama-cpp-python does not bind. libllama links ggml."""
-    return _bound(llama(), name, result, *arguments)
-
-
-def _bound(library: Any, name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(library._lib, name)
+    function = getattr((library or llama())._lib, name)
     function.restype, function.argtypes = result, list(arguments)
     return function
-
-
-def _load_backends(library: Any) -> None:
-    """A portable build of llama.cpp (GGML_BACKEND_DL) has one CPU library for each instruction set
-    and loads none at first; the best for this CPU is taken here, as llama-cpp-python does not."""
-    if _bound(library, "ggml_backend_reg_count", ctypes.c_size_t)() == 0:
-        load = _bound(library, "ggml_backend_load_all_from_path", None, ctypes.c_char_p)
-        load(os.fsencode(Path(library.__file__).parent / "lib"))
 
 
 class NativeLog:
@@ -1781,18 +1772,17 @@ class Batch:
     def __init__(
         self, sequences: Sequence[Sequence[int]], first_position: int = 0, first_sequence: int = 0
     ) -> None:
-        lengths = [len(sequence) for sequence in sequences]
+        lengths, int32 = [len(sequence) for sequence in sequences], np.int32
         self.n_tokens = sum(lengths)
         self.ends = np.cumsum(lengths) - 1  # index of the last token of each sequence
-        int32 = np.int32
         self._token = np.concatenate([np.asarray(ids, dtype=int32) for ids in sequences])
         positions = [np.arange(length, dtype=int32) for length in lengths]
         self._position = np.concatenate(positions) + int32(first_position)
         self._n_sequences = np.ones(self.n_tokens, dtype=int32)
         numbers = np.arange(len(lengths), dtype=int32) + int32(first_sequence)
         self._sequence = np.repeat(numbers, lengths)
-        addresses = self._sequence.ctypes.data + 4 * np.arange(self.n_tokens, dtype=np.uint64)
-        self._sequence_pointers = addresses.astype(np.uint64)
+        places = 4 * np.arange(self.n_tokens, dtype=np.uint64)
+        self._sequence_pointers = places + np.uint64(self._sequence.ctypes.data)
         self._output = np.zeros(self.n_tokens, dtype=np.int8)
 
     def native(
@@ -1801,18 +1791,13 @@ class Batch:
         """llama_batch that points into this object's arrays (keep it alive). output: tokens that
         get an output row. embeddings: [n_tokens, n_embd], in place of the ids."""
         self._output[output] = 1
-        self._embeddings = embeddings
-        given = self._token if embeddings is None else embeddings
-        int32 = ctypes.c_int32
+        self._embeddings, int32 = embeddings, ctypes.c_int32
         return llama().llama_batch(
-            n_tokens=self.n_tokens,
-            token=_pointer(given, int32) if embeddings is None else None,
-            embd=None if embeddings is None else _pointer(given, ctypes.c_float),
-            pos=_pointer(self._position, int32),
-            n_seq_id=_pointer(self._n_sequences, int32),
-            seq_id=_pointer(self._sequence_pointers, ctypes.POINTER(int32)),
-            logits=_pointer(self._output, ctypes.c_int8),
-        )
+            self.n_tokens, _pointer(self._token, int32) if embeddings is None else None,
+            None if embeddings is None else _pointer(embeddings, ctypes.c_float),
+            _pointer(self._position, int32), _pointer(self._n_sequences, int32),
+            _pointer(self._sequence_pointers, ctypes.POINTER(int32)),
+            _pointer(self._output, ctypes.c_int8))
 
 
 def _pointer(values: npt.NDArray[Any], kind: Any) -> Any:
@@ -1853,8 +1838,8 @@ class EncoderContext:
         computes: 1 MB for each token of m3, anew whenever a batch is larger than all before. So the
         largest batch comes first, stopped before its first operation, and the pages of its logits
         are given back; where nothing else runs, already while they are cleared."""
-        api, batch = llama(), Batch([np.zeros(self.n_ubatch, dtype=np.int32).tolist()])
-        stop = api.ggml_abort_callback(_stop_at_once)
+        api, batch = llama(), Batch([[0] * self.n_ubatch])
+        stop = api.ggml_abort_callback(lambda user_data: True)
         api.llama_set_abort_callback(self._context, stop, None)
         with _given_back_while_written(n_bytes) if is_alone else contextlib.nullcontext():
             api.llama_encode(self._context, batch.native(slice(None)))
@@ -1862,10 +1847,6 @@ class EncoderContext:
         logits = ctypes.cast(api.llama_get_logits(self._context), ctypes.c_void_p).value
         if logits:
             _give_back_pages(logits, n_bytes)
-
-
-def _stop_at_once(user_data: Any) -> bool:
-    return True
 
 
 def _give_back_pages(address: int, n_bytes: int) -> None:
@@ -1885,15 +1866,9 @@ def _given_back_while_written(n_bytes: int) -> Iterator[None]:
     The block is known by its size alone, so this is only for a process in which nothing else runs:
     other memory of that size would become zeroes, and the scores that follow silently wrong.
     """
-    if n_bytes < _WORTH_WATCHING_BYTES or not sys.platform.startswith("linux"):
-        yield
-        return
-    before: list[tuple[int, int]] = []
-    is_ready, is_done = threading.Event(), threading.Event()
+    before, is_done = _anonymous_ranges(), threading.Event()
 
     def watch() -> None:
-        before.extend(_anonymous_ranges())  # here: this thread's own stack is among them
-        is_ready.set()
         while not is_done.wait(_WATCH_S):
             for start, end in _new_ranges(before):
                 if n_bytes <= end - start <= n_bytes * 1.05:  # the vectors lie behind the logits
@@ -1901,13 +1876,14 @@ def _given_back_while_written(n_bytes: int) -> Iterator[None]:
                     _give_back_pages(start + mmap.PAGESIZE, n_bytes - mmap.PAGESIZE)
 
     watcher = threading.Thread(target=watch, name="memory", daemon=True)
-    watcher.start()
-    is_ready.wait()
+    if n_bytes >= _WORTH_WATCHING_BYTES:
+        watcher.start()
     try:
         yield
     finally:
         is_done.set()
-        watcher.join()
+        if watcher.is_alive():
+            watcher.join()
 
 
 _WORTH_WATCHING_BYTES = 64 << 20
@@ -1927,7 +1903,7 @@ def _new_ranges(before: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 def _anonymous_ranges() -> list[tuple[int, int]]:
     """Address ranges of this process's memory that no file and no name stands behind."""
     ranges = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in _read(Path("/proc/self/maps")).splitlines():
         fields = line.split()
         if fields[4] == "0" and len(fields) == 5:
             start, end = fields[0].split("-")

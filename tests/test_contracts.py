@@ -358,6 +358,8 @@ def test_text_in_any_script_comes_back_as_it_was(served: Served, contract: Contr
 
 @for_objects
 def test_ids_are_passed_through(served: Served, contract: Contract) -> None:
+    if contract is TEI:
+        pytest.skip("its results hold three keys, whatever is asked: test_elastic_is_told_nothing_that_it_refuses")
     ids = ["a", 7, "ключ \U0001f511"]
     for given in (
         ask(served, contract, ["1", "3", "2"], ids=ids),
@@ -370,6 +372,9 @@ def test_ids_are_passed_through(served: Served, contract: Contract) -> None:
 @for_objects
 def test_a_document_without_an_id_takes_none_from_the_others(served: Served, contract: Contract) -> None:
     results = ask(served, contract, [{"text": "1", "id": "a"}, "3", {"text": "2", "id": None}])
+    if contract is TEI:
+        assert all(set(result) == {"index", "score"} for result in results)
+        return
     assert {result["index"]: result.get("id") for result in results} == {0: "a", 1: None, 2: None}
 
 
@@ -398,7 +403,7 @@ def test_a_cut_document_is_marked(served: Served, contract: Contract) -> None:
     assert (status, headers["X-Rerank-Truncated"]) == (200, "1,3")
     results = contract.read(answer)
     assert {result["index"]: result[contract.score] for result in results} == {0: 0, 1: 1, 2: 2, 3: 1}
-    if contract is not NATIVE:
+    if contract not in (NATIVE, TEI):
         assert {result["index"] for result in results if result.get("truncated")} == {1, 3}
         assert all(result["truncated"] is True for result in results if "truncated" in result)
 
@@ -510,7 +515,7 @@ def test_two_stages_rank_the_second_models_choice_above_the_rest(served: Served,
     else:
         by_score = sorted(results, key=lambda result: -result[contract.score]) if contract is NATIVE else results
         assert order(by_score) == [3, 1, 2, 4, 0]
-    if contract is not NATIVE:
+    if contract not in (NATIVE, TEI):
         models = {result["index"]: result["model"] for result in results}
         assert models == {index: "fake-gemma" if index in (1, 3) else "fake-m3" for index in range(5)}
 
