@@ -82,9 +82,8 @@ T = TypeVar("T")
 FloatArray = npt.NDArray[np.float32]
 HERE = Path(__file__).resolve().parent
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Settings and the machine
-# --------------------------------------------------------------------------------------------------
 
 MIN_MAX_LENGTH_TOKENS = 32  # below it the reference's 3/4 rule leaves the passage no room
 MAX_MAX_LENGTH_TOKENS = 8192  # bge-reranker-v2-m3 and Gemma 1 were both built for 8,192
@@ -341,9 +340,8 @@ def resident_bytes() -> int:
     return _number_in(Path("/proc/self/status"), "VmRSS:") * 1024
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Errors. RequestError is what a client is told; each type carries its status and error_type.
-# --------------------------------------------------------------------------------------------------
 
 
 class RequestError(Exception):
@@ -432,10 +430,9 @@ class ModelError(Exception):
     """Of a GGUF file: one line that says what is wrong and how to get a right one."""
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Request: path and body become one frozen object here; nothing further in looks at JSON
 # (docs/openapi.py makes web/openapi.json of ENDPOINTS, CONTRACTS and FIELDS)
-# --------------------------------------------------------------------------------------------------
 
 MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
 BYTES_PER_TOKEN = 3  # a guess; English has about 4, and no text has less than 1
@@ -815,9 +812,8 @@ def _json_constant(text: str) -> None:
 _JSON = json.JSONDecoder(object_pairs_hook=_json_object, parse_constant=_json_constant)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Pairs: text to token ids and truncation, nothing else
-# --------------------------------------------------------------------------------------------------
 
 Tokenizer = Callable[[str], list[int]]  # without specials; a special token's string stays text
 
@@ -1079,9 +1075,8 @@ class WordPieceTokenizer:
         return ids
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Call and metrics
-# --------------------------------------------------------------------------------------------------
 
 HANG_UP_POLL_S = 0.25
 TIMES = ("queue", "tokenise", "inference")  # waiting for its turn; in decodes with a pair of it
@@ -1168,9 +1163,8 @@ class Metrics:
             self._named[name].labels(role.name).set_function(value)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Queue: what waits for a model, and whose turn it is
-# --------------------------------------------------------------------------------------------------
 
 MAX_SEQUENCES = 64  # pairs in one decode; llama.cpp's own limit is 256 (LLAMA_MAX_SEQ)
 MAX_RETRY_AFTER_S = 600
@@ -1360,10 +1354,9 @@ class Queue:
             self._changed.notify_all()
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Model file: its header is read here, with bounds, before llama.cpp loads it, so that a wrong one is
 # refused in one line (ggml/docs/gguf.md). Only files that `python -m convert` verified are served.
-# --------------------------------------------------------------------------------------------------
 
 CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
 _ARCHITECTURES = {CROSS_ENCODER: ("bert", "modern-bert"), BI_ENCODER: ("bert",),
@@ -1550,9 +1543,8 @@ def describe(gguf: GgufFile) -> ModelDescription:
         PromptParts(**parts), scale, gguf.get("rerank.calibration_bias", float, 0.0))
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # llama.cpp, through llama-cpp-python's low-level API, loaded with the first engine
-# --------------------------------------------------------------------------------------------------
 
 ACCEL_LIBRARY = HERE / "accel" / "lib" / "librerank_accel.so"
 _Q8_0 = 8  # enum ggml_type
@@ -1673,7 +1665,7 @@ def accel_bytes() -> int:
     return library.rerank_accel_copied_bytes() if library else 0
 
 
-# -- One model and one context -------------------------------------------------------------------
+# -- One model and one context
 
 
 class LlamaModel:
@@ -1911,9 +1903,8 @@ def _anonymous_ranges() -> list[tuple[int, int]]:
     return ranges
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Engines: one decode's pairs in, their logits out
-# --------------------------------------------------------------------------------------------------
 
 QUERY_VECTORS_KEPT = 256  # bi-encoder only: a query is embedded once, not once per batch
 CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
@@ -2220,9 +2211,8 @@ def _check_known_pair(gguf: GgufFile, engine: Engine) -> None:
         raise gguf.refusal(f"{what} ({ids[:12]}..., not {str(expected)[:60]})")
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Scores: logits become what a client reads
-# --------------------------------------------------------------------------------------------------
 
 
 def score_of(model: ModelDescription, logit: float) -> float:
@@ -2271,9 +2261,8 @@ class Ranking:
         return sum(result.n_tokens for result in (*self.results, *self.rescored))
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Roles: which file serves use_llm false (m3) and true (gemma)
-# --------------------------------------------------------------------------------------------------
 
 SLICE_PASSAGES = 128  # tokenised at once: the first decode starts while the rest is still text
 AHEAD_DECODES = 8  # of a long list's pairs wait, and no more are made
@@ -2531,10 +2520,9 @@ class Roles:
         return [role for role in (self.m3, self.gemma) if role is not None]
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Answers: one writer for each contract. Each holds the union of what its clients read, and nothing
 # that a strict one refuses.
-# --------------------------------------------------------------------------------------------------
 
 
 def write_native(ranking: Ranking) -> list[float]:
@@ -2636,9 +2624,8 @@ CONTRACTS: dict[str, Callable[[Ranking], Any]] = {  # contract_of's names
     "dashscope": write_dashscope, "khoj": write_khoj,
 }
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Application: what each endpoint does, without HTTP
-# --------------------------------------------------------------------------------------------------
 
 MAX_CLIENT_BATCH_SIZE = 10_000  # for TEI's clients, which split longer lists; any length is taken
 MAX_INDEX_HEADER_CHARACTERS = 1000  # proxies have 4 kB or more for all headers of an answer
@@ -2802,9 +2789,8 @@ class Application:
         })
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # HTTP, on the standard library's http.server. What is overridden says what it prevents.
-# --------------------------------------------------------------------------------------------------
 
 MAX_REQUEST_LINE_BYTES = 8192  # RFC 9112, 3 asks for at least 8,000
 MAX_HEADER_BYTES = 32768
@@ -2820,7 +2806,7 @@ ACCEPT_PAUSE_S = 0.05  # when the system gives no more file descriptors
 MAX_LEAVING = 64  # connections that were told to make room and have not ended yet
 PREFLIGHT_AGE_S = 600  # a browser asks again after it
 
-# -- What the server is given at its start ---------------------------------------------------------
+# -- What the server is given at its start
 
 
 def api_key_digests(settings: Settings) -> list[bytes]:
@@ -2869,7 +2855,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-# -- Connections: who is let in, who makes room, how all of it stops -------------------------------
+# -- Connections: who is let in, who makes room, how all of it stops
 
 
 class RerankServer(http.server.ThreadingHTTPServer):
@@ -3077,7 +3063,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
                 self.connection.settimeout(LINGER_S)
                 self.connection.unwrap()  # tells the client that nothing was cut off
 
-    # -- One request -------------------------------------------------------------------------------
+    # -- One request
 
     def handle_one_request(self) -> None:
         """Prevents: errors in HTML, 501 where 405 is meant, idle connections that hold requests."""
@@ -3192,7 +3178,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         is_text = ERRORS_AS_TEXT.search(self._body) is not None
         return Response(error.status, error.body(is_text), error.headers)
 
-    # -- Reading -----------------------------------------------------------------------------------
+    # -- Reading
 
     def parse_request(self) -> bool:
         """The head, by RFC 9112. Prevents: HTTP/0.9, bare LFs, folded and broken header lines, two
@@ -3344,7 +3330,7 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
             n_bytes -= len(part)
             yield part
 
-    # -- Writing -----------------------------------------------------------------------------------
+    # -- Writing
 
     def _message(self, response: Response) -> bytes:
         """Head and body, to leave in one write. Prevents: 40 ms until the first one is
@@ -3448,9 +3434,8 @@ def _payload(response: Response) -> bytes:
     return (json.dumps(response.body, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------
 # Start, check, stop
-# --------------------------------------------------------------------------------------------------
 
 MAX_POINTER_BYTES = 1000  # of a file that stands for one in git-lfs
 LOADED = b"\0"  # no signal has this number
