@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import choose, download, models, verify
+from .adopt import adopt
 from .errors import CannotStartError, ConvertError, check_names
 from .job import Job
 from .quantize import QUANTIZATIONS, REFUSED, Quantization, find_quantization, quantize
@@ -93,6 +94,11 @@ def _locked(folder: Path) -> Iterator[None]:
 def convert(arguments: argparse.Namespace) -> int:
     """The steps, in order. Raises ConvertError."""
     check_names(Path(arguments.source), arguments.out)
+    if arguments.source.endswith(".gguf") and Path(arguments.source).is_file():
+        name = _name(arguments.name) if arguments.name else None
+        path = adopt(Path(arguments.source), arguments.out, name, arguments.reranker)
+        print(f"{os.path.relpath(path)}: good; the server takes it from now on")
+        return 0
     source = models.find_source(arguments.source)
     name = _name(arguments.name) if arguments.name else source.name
     wanted = [find_quantization(name) for name in arguments.quant or source.candidates or [source.quantization]]
@@ -206,7 +212,7 @@ def _parts(arguments: argparse.Namespace) -> PromptParts:
 def _parser() -> argparse.ArgumentParser:
     refused = ", ".join(REFUSED)
     parser = argparse.ArgumentParser(prog="python -m convert", description="Hugging Face checkpoint -> verified GGUF.")
-    sources = f"{', '.join(models.NAMED)}, a Hub id, or a checkpoint directory"
+    sources = f"{', '.join(models.NAMED)}, a Hub id, a checkpoint directory, or a GGUF file of llama.cpp's converter"
     parser.add_argument("source", metavar="SOURCE", help=sources)
     parser.add_argument(
         "--quant", nargs="+", metavar="NAME", action="extend",
@@ -216,6 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="SHA", help="commit to download (default: the one this version pins)")
     parser.add_argument("--keep-f16", action="store_true", help="keep the F16 file too")
     parser.add_argument("--name", metavar="NAME", help="first part of the files' names (default: the directory's name)")
+    parser.add_argument("--reranker", action="store_true",
+                        help="of a GGUF file that does not say so itself: it is a reranker")  # fmt: skip
     gemma = parser.add_argument_group("for a Gemma reranker that was trained with other texts than the original's")
     gemma.add_argument("--prompt", metavar="TEXT", help="the question after query and passage")
     gemma.add_argument("--query-prefix", metavar="TEXT", help="before the query (default: 'A: ')")

@@ -135,7 +135,7 @@ def find_source(text: str) -> Source:
     if directory.is_dir():
         return _source_of_directory(directory.resolve())
     if text.endswith(".gguf"):
-        raise CannotStartError(f"{text}: a GGUF file already: serve it with --m3 {text} (or --gemma)")
+        raise CannotStartError(f"{text}: no such file")
     if directory.exists():
         raise CannotStartError(f"{text}: a file; name the checkpoint's directory")
     owner, _, name = text.partition("/")

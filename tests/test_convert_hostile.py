@@ -476,7 +476,7 @@ def test_the_output_folder_of_a_lora_names_the_base_model(tmp_path: Path) -> Non
 def test_a_source_that_is_no_checkpoint_says_what_it_is(bert: Path, tmp_path: Path) -> None:
     """models/typo is not looked for on the Hub, where the answer would be a network error."""
     in_one_line(run_convert(Path("models/typo"), tmp_path / "out"), "models/typo: no such directory")
-    in_one_line(run_convert(Path("models/x.gguf"), tmp_path / "out"), "GGUF file already", "--m3 models/x.gguf")
+    in_one_line(run_convert(Path("models/x.gguf"), tmp_path / "out"), "models/x.gguf: no such file")
     in_one_line(run_convert(bert / "config.json", tmp_path / "out"), "name the checkpoint's directory")
 
 

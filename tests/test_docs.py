@@ -315,6 +315,7 @@ RUN_HERE = ("curl -s http://127.0.0.1:8000/", "make quality DATA=DIR")
 NOT_RUN = {
     "make test": "it is what runs this",
     "make convert": "takes the real checkpoints; tests/test_convert.py runs the command on tiny ones",
+    ".venv/bin/python -m convert some-reranker-Q8_0.gguf": "needs such a file; tests/test_adopt.py makes some",
     "make accel": "downloads oneDNN; tests/test_accel.py tests what it has built",
     "make cluster-demo": "a cluster; tests/test_cluster.py starts the same one",
     "pip install '.[cluster]'": "Ray is installed by `make cluster`",
