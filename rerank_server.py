@@ -1520,7 +1520,8 @@ class ModelDescription:
 
 def describe(gguf: GgufFile) -> ModelDescription:
     if "rerank.kind" not in gguf.metadata:
-        raise gguf.refusal("not made by this project's converter, so nothing proves its scores")
+        what = f"not made by this project's converter; adopt it: python -m convert {gguf.path}"
+        raise ModelError(f"{gguf.path}: {what}")
     if not gguf.header_is_intact():
         raise gguf.refusal("its header is not the one that the converter verified")
     kind, architecture = (gguf.get(key, str) for key in ("rerank.kind", "general.architecture"))
@@ -3195,21 +3196,15 @@ class RerankHandler(http.server.BaseHTTPRequestHandler):
         is_missing = "host" not in self.headers and minor != "0"
         if is_missing or not _HOST.fullmatch(self._field("host")):
             raise HttpError("a request needs one Host header, with a host in it")
-        self.path = self._path_of(target)
+        place = _TARGET.fullmatch(target)
+        if place is None and (target != "*" or self.command != "OPTIONS"):
+            shown = repr(target[:40])
+            raise HttpError(f"the request target must be a path or an http URL, not {shown}")
+        self.path = (place[1] or "/") if place else target  # without the query
         self._find_length()
         wishes = [wish.strip() for wish in self._field("connection").lower().split(",")]
         self.close_connection = "close" in wishes or (minor == "0" and "keep-alive" not in wishes)
         return True
-
-    def _path_of(self, target: str) -> str:
-        """Without the query."""
-        if target == "*" and self.command == "OPTIONS":
-            return target
-        parts = _TARGET.fullmatch(target)
-        if parts is None:
-            shown = repr(target[:40])
-            raise HttpError(f"the request target must be a path or an http URL, not {shown}")
-        return parts[1] or "/"
 
     def _find_length(self) -> None:
         """By RFC 9112, 6.1 to 6.3."""
