@@ -272,7 +272,8 @@ class Tuning:
 
     def __str__(self) -> str:
         accel = f"off ({self.accel_reason})" if self.accel_reason else ON
-        return f"{self.threads} threads, decodes of up to {self.ubatch} tokens, accel engine {accel}"
+        decodes = f"decodes of up to {self.ubatch} tokens"
+        return f"{self.threads} threads, {decodes}, accel engine {accel}"
 
 
 def _why_no_accel(settings: Settings, on_gpu: bool) -> str:
@@ -1028,7 +1029,7 @@ _IDEOGRAPH = re.compile(  # the CJK blocks that BERT's _is_chinese_char names
 
 
 class WordPieceTokenizer:
-    """BERT's (tokenization.py of google-research/bert). llama.cpp's own has no [UNK] for long words,
+    """BERT's (tokenization.py of google-research/bert). llama.cpp's has no [UNK] for long words,
     and drops spacing combining marks (Devanagari vowel signs)."""
 
     def __init__(
@@ -1355,8 +1356,8 @@ class Queue:
 
 
 # ------------------------------
-# Model file: its header is read here, with bounds, before llama.cpp loads it, so that a wrong one is
-# refused in one line (ggml/docs/gguf.md). Only files that `python -m convert` verified are served.
+# Model file: its header is read here, with bounds, before llama.cpp loads it, so that a wrong one
+# is refused in one line (ggml/docs/gguf.md). Only what `python -m convert` verified is served.
 
 CROSS_ENCODER, YES_LOGIT, BI_ENCODER = "cross-encoder", "yes-logit", "bi-encoder"
 _ARCHITECTURES = {CROSS_ENCODER: ("bert", "modern-bert"), BI_ENCODER: ("bert",),
@@ -1524,7 +1525,8 @@ def describe(gguf: GgufFile) -> ModelDescription:
         raise ModelError(f"{gguf.path}: {what}")
     if not gguf.header_is_intact():
         raise gguf.refusal("its header is not the one that the converter verified")
-    kind, architecture = (gguf.get(key, str) for key in ("rerank.kind", "general.architecture"))
+    kind = gguf.get("rerank.kind", str)
+    architecture = gguf.get("general.architecture", str)
     if architecture not in _ARCHITECTURES.get(kind, ()):
         what = f"{kind!r} with architecture {architecture!r}"
         raise gguf.refusal(f"rerank.kind is {what}, which this version does not know")
@@ -1912,7 +1914,7 @@ CHECK_MAX_LENGTH_TOKENS = 512  # rerank.check_ids were made at this max_length
 
 
 class Engine:
-    """Scores pairs. Owned by one thread once its scheduler runs; `pairs` and `pieces`: any thread."""
+    """Scores pairs. Owned by its scheduler's thread; `pairs` and `pieces`: any thread."""
 
     pairs: Pairs
 
@@ -3506,10 +3508,8 @@ def address_of(server: RerankServer, settings: Settings) -> str:
 def serve(settings: Settings) -> None:
     """Runs until SIGTERM or Ctrl-C."""
     events, told = _stop_events()
+    _allow_files()
     _bound_heaps()
-    with contextlib.suppress(ValueError):  # macOS has no largest number
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file
     local = find_roles(settings)
     roles = Roles(*local)
     try:
@@ -3547,6 +3547,13 @@ def _stop_events() -> tuple[socket.socket, socket.socket]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # or they would end the process
     return reader, writer
+
+
+def _allow_files() -> None:
+    """A connection is an open file."""
+    with contextlib.suppress(ValueError):  # macOS has no largest number
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _bound_heaps() -> None:
