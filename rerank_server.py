@@ -435,6 +435,7 @@ class ModelError(Exception):
 # Request: path and body become one frozen object here; nothing further in looks at JSON
 # (docs/openapi.py makes web/openapi.json of ENDPOINTS, CONTRACTS and FIELDS)
 
+MAX_NUMBER_CHARACTERS = 1000  # of JSON; reading a whole number takes time with the square of them
 MAX_JSON_CONTAINERS = 1_000_000  # an empty list is 2 bytes of JSON and some 70 in memory
 BYTES_PER_TOKEN = 3  # a guess; English has about 4, and no text has less than 1
 TRUNCATE, ERROR, CHUNK = "truncate", "error", "chunk"
@@ -791,7 +792,7 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
         raise BadRequestError(f"the body is not valid UTF-8: byte {error.start}") from None
     except RecursionError:
         raise BadRequestError("the body is nested too deeply") from None
-    except ValueError as error:  # also a number of more than 4,300 digits
+    except ValueError as error:
         raise BadRequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequestError(f"the body must be a JSON object, not {_json_type(body)}")
@@ -806,11 +807,25 @@ def _json_object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _json_whole(text: str) -> int:
+    if len(text) > MAX_NUMBER_CHARACTERS:
+        raise ValueError(f"a number has {len(text):,} characters")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
+    if len(text) > MAX_NUMBER_CHARACTERS or math.isinf(float(text)):
+        raise ValueError(f"the number {text[:40]} is more than a float can hold")
+    return float(text)
+
+
 def _json_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_json_object, parse_constant=_json_constant)
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_json_object, parse_int=_json_whole, parse_float=_json_float,
+    parse_constant=_json_constant)
 
 
 # ------------------------------

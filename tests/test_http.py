@@ -211,7 +211,7 @@ def test_a_wrong_field_is_named(running: Running, body: Any, param: str, words: 
         (b"null", "must be a JSON object, not null"),
         (b'{"query": "\xff", "passages": []}', "not valid UTF-8: byte 11"),
         (b"[" * 200_000, "nested too deeply"),
-        (b'{"query": ' + b"9" * 10_000 + b"}", "4300 digits"),
+        (b'{"query": ' + b"9" * 10_000 + b"}", "10,000 characters"),
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(running: Running, raw: bytes, words: str) -> None:
