@@ -60,7 +60,7 @@ ATTENTION_MEAN_ERROR = 0.004
 COMPANY_TOLERANCE = 1 / 1_000_000
 
 @pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
+def library() -> Any:
     loaded, reason = rerank_server.load_accel(ACCEL_LIBRARY)
     assert loaded is not None, reason
     return loaded
